@@ -1,0 +1,122 @@
+"""Create or refresh `.venv` for `make`, once per state of its inputs; print nothing when there is nothing to do.
+
+Standard library only, and syntax that an old interpreter still parses, so that it can say why it refuses.
+
+`.venv/.stamp` carries the state: it is removed before and written after an installation, and holds the hash of
+everything that this depended on. Another hash means install again; no stamp means that the environment was never
+finished, and it is rebuilt from nothing.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+VENV = os.path.join(ROOT, ".venv")
+PYTHON = os.path.join(VENV, "bin", "python")
+STAMP = os.path.join(VENV, ".stamp")
+OLDEST = (3, 11)
+INPUTS = ("pyproject.toml", "constraints.txt", os.path.join(".ci", "environment.py"))
+
+
+def require_python():
+    """Stop with a usable message if this interpreter is too old."""
+    if sys.version_info >= OLDEST:
+        return
+    newer = [name for name in ("python3.%d" % minor for minor in range(20, 10, -1)) if shutil.which(name)]
+    hint = "make PYTHON=%s" % newer[0] if newer else "make PYTHON=/path/to/a/newer/python3"
+    sys.exit(
+        "moefx needs Python %d.%d or newer; %s is Python %d.%d.\nTry: %s"
+        % (OLDEST + (sys.executable,) + tuple(sys.version_info[:2]) + (hint,))
+    )
+
+
+def key():
+    """Hash what the installation depends on: its inputs, the interpreter and the place."""
+    digest = hashlib.sha256()
+    for part in (sys.version, os.path.realpath(sys.executable), sysconfig.get_platform(), ROOT):
+        digest.update(part.encode() + b"\0")
+    for name in INPUTS:
+        with open(os.path.join(ROOT, name), "rb") as file:
+            digest.update(file.read() + b"\0")
+    return digest.hexdigest()
+
+
+def read(path):
+    """Return the text of a file, or "" where there is none."""
+    if not os.path.exists(path):
+        return ""
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def reusable():
+    """Say whether `.venv` was finished once, by this Python version and in this place."""
+    config = dict(line.split(" = ", 1) for line in read(os.path.join(VENV, "pyvenv.cfg")).splitlines() if " = " in line)
+    made_here = config.get("command", "").endswith(VENV)
+    same_python = config.get("version") == "%d.%d.%d" % tuple(sys.version_info[:3])
+    return os.path.exists(PYTHON) and os.path.exists(STAMP) and made_here and same_python
+
+
+def create():
+    """Make an empty `.venv`; return the command prefix that runs pip for it.
+
+    Some distributions ship pip without `ensurepip`; their pip then installs into the environment from outside.
+    """
+    if not reusable():
+        print("Creating .venv with Python %d.%d.%d" % tuple(sys.version_info[:3]), flush=True)
+        options = [] if has_ensurepip() else ["--without-pip"]
+        subprocess.run([sys.executable, "-m", "venv", "--clear"] + options + [VENV], check=True)
+    inside = subprocess.run([PYTHON, "-m", "pip", "--version"], capture_output=True)
+    return [PYTHON, "-m", "pip"] if inside.returncode == 0 else [sys.executable, "-m", "pip", "--python", PYTHON]
+
+
+def has_ensurepip():
+    """Say whether `python -m venv` can install pip."""
+    return subprocess.run([sys.executable, "-c", "import ensurepip"], capture_output=True).returncode == 0
+
+
+def install(pip):
+    """Install the build requirements first, then moefx and its tools without an isolated (unpinned) build."""
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "PIP_USER")}
+    env.update(PYTHONNOUSERSITE="1", PIP_DISABLE_PIP_VERSION_CHECK="1")
+    flags = ["install", "--no-input", "--constraint", "constraints.txt"]
+    run = [["setuptools"], ["--no-build-isolation", "--editable", ".[dev]"]]
+    for what in run:
+        subprocess.run(pip + flags + what, check=True, cwd=ROOT, env=env)
+    subprocess.run(pip + ["check"], check=True, cwd=ROOT, env=env)
+    # From elsewhere, so that the installation is found and not the folder.
+    subprocess.run([PYTHON, "-c", "import torch, moefx.passes, moefx.codegen"], check=True, cwd=VENV, env=env)
+
+
+def main():
+    require_python()
+    os.chdir(ROOT)
+    lock = os.open(ROOT, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # two `make` in one folder: the second waits, then finds the stamp
+    try:
+        wanted = key()
+        if read(STAMP) == wanted and reusable():
+            return
+        pip = create()
+        if os.path.exists(STAMP):
+            os.remove(STAMP)
+        install(pip)
+        with open(STAMP + ".new", "w", encoding="utf-8") as file:
+            file.write(wanted)
+        os.replace(STAMP + ".new", STAMP)
+    finally:
+        os.close(lock)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except subprocess.CalledProcessError as error:
+        sys.exit("The environment could not be created: `%s` failed (see above)." % " ".join(map(str, error.cmd)))
+    except KeyboardInterrupt:
+        sys.exit("Interrupted; the next `make` starts the environment again.")

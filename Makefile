@@ -1,0 +1,64 @@
+# Everything runs inside .venv, which .ci/environment.py creates and refreshes. Paths are relative throughout, so that
+# the folder may have any name. `make help` lists the targets.
+
+PYTHON ?= python3
+WORKERS ?= 2
+ARGS ?=
+
+RUN := .venv/bin/python -m
+
+# One thread per process: the suite runs one worker per core.
+export OMP_NUM_THREADS := 1
+export MPLBACKEND := Agg
+export PYTHONNOUSERSITE := 1
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help env demo test lint types imports suite smoke format goldens bench wheel clean distclean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+env: ## create or refresh .venv (does nothing when it is current)
+	@"$(PYTHON)" .ci/environment.py
+
+demo: env ## train, upcycle, prove and compare on 8x8 digits; writes demo/
+	OMP_NUM_THREADS=$(WORKERS) .venv/bin/python examples/digits.py --out demo $(ARGS)
+
+test: lint types imports suite ## lint, types, import contracts and the test-suite with coverage
+
+lint: env ## ruff check and ruff format --check
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+
+types: env ## mypy --strict on moefx, passes and codegen
+	$(RUN) mypy
+
+imports: env ## import contracts: who may import whom
+	.venv/bin/lint-imports --no-logo --no-cache
+
+suite: env ## the test-suite with coverage (ARGS="-k name" for a part)
+	$(RUN) pytest -n $(WORKERS) --cov --cov-report=term:skip-covered $(ARGS)
+
+smoke: env ## the tests that pre-commit runs, under 20 s
+	$(RUN) pytest -q -p no:cacheprovider tests/test_smoke.py
+
+format: env ## format and fix what ruff can fix
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
+
+goldens: env ## write tests/goldens/ anew; review the difference with git diff
+	$(RUN) pytest -q --update-goldens $(ARGS)
+
+bench: env ## run every script in benchmarks/
+	@set -e; for script in benchmarks/[a-z]*.py; do echo "== $$script"; .venv/bin/python "$$script" $(ARGS); done
+
+wheel: env ## build dist/*.whl and dist/*.tar.gz
+	$(RUN) build --no-isolation
+
+clean: ## remove what builds, tests and the demo leave behind
+	rm -rf build dist demo moefx.egg-info .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find moefx passes codegen tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## clean, and remove .venv
+	rm -rf .venv
