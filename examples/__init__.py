@@ -1,0 +1,1 @@
+"""Reference models and runnable examples; not installed with moefx."""
