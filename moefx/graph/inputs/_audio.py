@@ -1,0 +1,1 @@
+"""Makers for audio and one-dimensional denoisers."""
