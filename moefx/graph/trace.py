@@ -1,0 +1,142 @@
+"""``moefx.trace``: one captured graph of a model, shared parameters, guards listed and enforced."""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from moefx.errors import CaptureError, InputError, MoefxError
+from moefx.graph.graph import Graph
+from moefx.graph.origin import _HIDDEN, short_path, show_source
+from moefx.graph.patches import Snapshot, clear_caches, patched
+from moefx.graph.signature import CallSpec, Inputs, normalise_inputs
+from moefx.graph.tracer import GuidedTracer, NeedsData
+
+
+def trace(model: nn.Module, inputs: Inputs = None, *, leaf: Literal["nn", "children"] = "nn") -> Graph:
+    """Capture ``model`` on one example as a graph.
+
+    Args:
+        model: any module, on any device; on ``meta`` no weight is ever materialised.
+        inputs: a dict of keyword arguments, a tuple of positional ones, or ``(tuple, dict)``; ``None`` synthesises them
+            for models with a known input maker (every diffusers denoiser).
+        leaf: which modules stay nodes: those of ``torch.nn`` or all below ``model``.
+
+    Raises:
+        InputError: ``model`` is not a module, or the inputs do not fit it.
+        CaptureError: the model cannot be traced faithfully; the message shows its own source line.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            "trace a model", found=f"an object of type {type(model).__name__}", do="pass a torch.nn.Module"
+        )
+    args, kwargs = normalise_inputs(model, _example(model) if inputs is None else inputs)
+    args, kwargs = _on_model_device(model, args, kwargs)
+    spec = CallSpec(model, args, kwargs)
+    _check_devices(model, spec)
+    try:
+        return _trace(model, spec, leaf, real=False)
+    except NeedsData as reason:
+        if any(t.is_meta for t in [*model.parameters(), *model.buffers()]):
+            raise CaptureError(
+                f"trace {type(model).__name__} without its weights",
+                found=str(reason),
+                do="the graph depends on data, so trace it with real weights and inputs",
+            ) from None
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return _trace(model, spec, leaf, real=True)
+    except NeedsData as reason:
+        raise CaptureError(
+            f"trace {type(model).__name__}", found=str(reason), do="keep the data-dependent part out of forward"
+        ) from None
+
+
+def _example(model: nn.Module) -> Inputs:
+    from moefx.graph.inputs import synthesise
+
+    return synthesise(model)
+
+
+def _trace(model: nn.Module, spec: CallSpec, leaf: str, real: bool) -> Graph:
+    tracer = GuidedTracer(model, leaf, real)
+    snapshot = Snapshot(model)
+    try:
+        with torch.enable_grad():
+            proxies = [
+                _placeholder(tracer, s.name, example) for s, example in zip(spec.tensors, spec.examples, strict=True)
+            ]
+            args, kwargs = spec.rebuild(proxies)
+            with patched(tracer):
+                output = model.forward(*args, **kwargs)
+            leaves, out_spec = pytree.tree_flatten(output)
+            tracer.graph.output([tracer.arg(leaf_) for leaf_ in leaves])
+    except (MoefxError, NeedsData):
+        raise
+    except Exception as error:
+        raise _capture_error(model, error) from error
+    finally:
+        changed = snapshot.restore()
+        clear_caches(model)
+    notes = [f"forward writes module attributes: {', '.join(sorted(set(changed)))}"] if changed else []
+    guards = [tracer.guards[n] for n in tracer.graph.nodes if n in tracer.guards]
+    graph = Graph(
+        model,
+        tracer.graph,
+        call_spec=spec,
+        out_spec=out_spec,
+        guards=guards,
+        calls=tracer.calls,
+        constants=tracer.constants,
+        notes=notes,
+    )
+    graph.prune()
+    graph.fx.lint()
+    return graph
+
+
+def _placeholder(tracer: GuidedTracer, name: str, example: torch.Tensor) -> Any:
+    node = tracer.graph.placeholder(name)
+    from moefx.graph.origin import Origin
+
+    node.meta["moefx"] = Origin("")
+    value = example.detach().clone() if tracer.real else tracer.example(example.detach())
+    return tracer.wrap(node, value)
+
+
+def _on_model_device(model: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """A model on ``meta`` is traced with inputs on ``meta``."""
+    if not any(p.is_meta for p in model.parameters()):
+        return args, kwargs
+
+    def to_meta(leaf: Any) -> Any:
+        return leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf
+
+    return pytree.tree_map(to_meta, args), pytree.tree_map(to_meta, kwargs)
+
+
+def _check_devices(model: nn.Module, spec: CallSpec) -> None:
+    devices = {p.device.type for p in model.parameters()}
+    for tensor in spec.tensors:
+        if devices and tensor.device.type not in devices:
+            raise InputError(
+                f"use example inputs for {type(model).__name__}",
+                found=f"{tensor.name} is on {tensor.device}, the model on {', '.join(sorted(devices))}",
+                do="move the inputs to the model's device",
+            )
+
+
+def _capture_error(model: nn.Module, error: Exception) -> MoefxError:
+    """Explain an exception that the model raised during the trace, at the user's own line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not f.filename.startswith(_HIDDEN) and not f.filename.startswith("<")]
+    where = show_source(f"{short_path(own[-1].filename)}:{own[-1].lineno}") if own else "its forward"
+    return CaptureError(
+        f"trace {type(model).__name__}",
+        found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} at {where}",
+        do="check that the model runs on these inputs; what a graph cannot hold must stay out of forward",
+    )

@@ -1,0 +1,341 @@
+"""An example-guided tracer: the user's Python runs once on proxies that carry the values of one example.
+
+Control flow is decided concretely, sizes stay symbolic, and a value that reaches Python is specialised and recorded as a guard.
+Values are fake tensors (no compute, no memory), unless the model reads data, in which case the example is really run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.fx import Graph as FxGraph
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from moefx.errors import CaptureError
+from moefx.graph.guards import Guard
+from moefx.graph.origin import ModuleCall, Origin, show_source, user_source
+from moefx.graph.proxy import ScalarProxy, Shape, TensorProxy
+
+_SCALARS = (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+class NeedsData(BaseException):
+    """The model read tensor data, which fake values do not have (not an Exception: user code must not catch it)."""
+
+
+class GuidedTracer:
+    """Builds one ``fx.Graph``; ``leaf`` says which modules stay nodes: ``"nn"`` (torch.nn) or ``"children"`` (all but the root)."""
+
+    def __init__(self, root: nn.Module, leaf: str, real: bool) -> None:
+        self.root, self.leaf, self.real = root, leaf, real
+        self.graph = FxGraph()
+        self.paths = {id(m): name for name, m in root.named_modules(remove_duplicate=True)}
+        named = [*root.named_parameters(remove_duplicate=True), *root.named_buffers(remove_duplicate=True)]
+        self.names = {id(t): name for name, t in named}
+        self.guards: dict[Node, Guard] = {}
+        self.calls: list[ModuleCall] = []
+        self.constants: dict[str, torch.Tensor] = {}
+        self.autocasts: list[tuple[str, torch.dtype, bool]] = []
+        self.paused = False
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._scope: list[tuple[str, int]] = [("", 0)]
+        self._counts: dict[str, int] = {}
+        self._attributes: dict[int, TensorProxy] = {}
+        self._scalars: dict[Any, ScalarProxy] = {}
+        self._clones: dict[int, nn.Module] = {}
+
+    # -- values ---------------------------------------------------------------------------------------------------------
+
+    def example(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the example value that stands for ``tensor`` during this trace."""
+        if self.real or isinstance(tensor, torch._subclasses.FakeTensor):
+            return tensor
+        with self._pause():
+            return self._fake.from_tensor(tensor, static_shapes=True)
+
+    @contextlib.contextmanager
+    def _pause(self) -> Iterator[None]:
+        """Let torch run undisturbed: nothing is recorded inside."""
+        before, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = before
+
+    def evaluate(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run ``function`` on example values."""
+        args, kwargs = self.raw(args), self.raw(kwargs)
+        mode: Any = contextlib.nullcontext() if self.real else self._fake
+        try:
+            with self._pause(), mode, torch.no_grad():
+                return function(*args, **kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
+            raise NeedsData(f"{error} at {show_source(user_source())}") from error
+
+    def raw(self, tree: Any) -> Any:
+        """Replace the proxies of a tree by their example values."""
+        return _map(tree, lambda leaf: leaf.value if _is_proxy(leaf) else self._constant_value(leaf))
+
+    def _constant_value(self, leaf: Any) -> Any:
+        return self.example(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+    # -- nodes ----------------------------------------------------------------------------------------------------------
+
+    def node(self, op: str, target: Any, args: Any = (), kwargs: Any = None, name: str | None = None) -> Node:
+        """Create one node, stamped with its origin and the context it must run under."""
+        node = self.graph.create_node(op, target, self.arg(args), self.arg(kwargs or {}), name)
+        path, index = self._scope[-1]
+        node.meta["moefx"] = Origin(path, index, user_source())
+        if not torch.is_grad_enabled() or self.autocasts:
+            node.meta["context"] = (torch.is_grad_enabled(), tuple(self.autocasts))
+        return node
+
+    def arg(self, tree: Any) -> Any:
+        """Replace the proxies of a tree by their nodes, and tensors by ``get_attr`` nodes."""
+        return _map(tree, self._leaf_arg)
+
+    def _leaf_arg(self, leaf: Any) -> Any:
+        if _is_proxy(leaf):
+            if leaf.tracer is not self:
+                raise self.refuse("use a value that an earlier trace left behind")
+            return leaf.node
+        if isinstance(leaf, torch.Tensor):
+            return self.attribute(leaf).node
+        return leaf
+
+    def attribute(self, tensor: torch.Tensor) -> TensorProxy:
+        """Return the proxy of a parameter, a buffer, or a constant tensor of the model."""
+        known = self._attributes.get(id(tensor))
+        if known is None:
+            name = self.names.get(id(tensor))
+            if name is None:
+                name = f"_constant_{len(self.constants)}"
+                self.constants[name] = tensor
+            node = self.node("get_attr", name)
+            node.meta["val"] = value = self.example(tensor)
+            known = self._attributes[id(tensor)] = TensorProxy(node, value, self)
+        return known
+
+    def wrap(self, node: Node, value: Any) -> Any:
+        """Return ``value`` as the user's Python sees it: proxies inside real Python containers."""
+        with self._pause():
+            node.meta["val"] = _plain(value)
+        if isinstance(value, torch.Tensor):
+            return TensorProxy(node, value, self)
+        if isinstance(value, torch.Size):
+            return Shape(
+                self.wrap(self.node("call_function", operator.getitem, (node, i)), v) for i, v in enumerate(value)
+            )
+        if isinstance(value, tuple | list) and any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(value)):
+            items = [self.wrap(self.node("call_function", operator.getitem, (node, i)), v) for i, v in enumerate(value)]
+            return value._make(items) if hasattr(value, "_make") else type(value)(items)
+        if isinstance(value, dict):
+            made = {k: self.wrap(self.node("call_function", operator.getitem, (node, k)), v) for k, v in value.items()}
+            return made if type(value) is dict else type(value)(**made)
+        if isinstance(value, tuple | list) and all(isinstance(v, int) for v in value):
+            return type(value)(
+                self.wrap(self.node("call_function", operator.getitem, (node, i)), v) for i, v in enumerate(value)
+            )
+        return ScalarProxy(node, value, self) if isinstance(value, _SCALARS) else value
+
+    # -- what proxies ask -----------------------------------------------------------------------------------------------
+
+    def call_function(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Record a function call."""
+        value = self.evaluate(function, args, kwargs)
+        return self.wrap(self.node("call_function", function, args, kwargs), value)
+
+    def call_method(self, name: str, args: Any, kwargs: Any) -> Any:
+        """Record a tensor method call; ``args[0]`` is the tensor."""
+        if self.real and name.endswith("_") and not name.endswith("__") and args[0].node.op == "get_attr":
+            raise self.refuse(f"change the parameter or buffer {args[0].node.target!r} in place")
+        value = self.evaluate(lambda self_, *a, **k: getattr(self_, name)(*a, **k), args, kwargs)
+        return self.wrap(self.node("call_method", name, args, kwargs), value)
+
+    def call_torch(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Record what reached ``__torch_function__``: a function, a method, or a property of tensors."""
+        name = getattr(function, "__name__", "")
+        if name in ("is_floating_point", "is_complex", "is_tensor", "is_grad_enabled"):
+            return self.evaluate(function, args, kwargs)
+        if torch.overrides.is_tensor_method_or_property(function):
+            if name == "__get__":
+                return getattr(args[0], function.__self__.__name__)
+            return self.call_method(name, args, kwargs)
+        return self.call_function(function, args, kwargs)
+
+    def apply(self, function: Any, *args: Any) -> Any:
+        """Apply an operator to proxies: a tensor result is recorded, a scalar one is shared."""
+        if any(type(a) is TensorProxy for a in args):
+            return self.call_function(function, args, {})
+        return self.scalar(function, *args)
+
+    def scalar(self, function: Any, *args: Any) -> Any:
+        """Compute a Python value in the graph, once per distinct expression."""
+        try:
+            value = function(*self.raw(args))
+        except TypeError:
+            return NotImplemented
+        if not isinstance(value, _SCALARS):
+            return function(*(self.specialise(a) if type(a) is ScalarProxy else a for a in args))
+        key = (function, *((a.node, a.node.name) if _is_proxy(a) else (type(a), repr(a)) for a in args))
+        known = self._scalars.get(key)
+        if known is None:
+            node = self.node("call_function", function, args)
+            known = self._scalars[key] = self.wrap(node, value)
+        return known
+
+    def size(self, tensor: TensorProxy, dim: int) -> Any:
+        """Return one size of a tensor as an integer of the graph."""
+        key = ("size", tensor.node, dim)
+        known = self._scalars.get(key)
+        if known is None:
+            node = self.node("call_method", "size", (tensor, dim))
+            known = self._scalars[key] = self.wrap(node, int(tensor.value.shape[dim]))
+        return known
+
+    def specialise(self, proxy: Any) -> Any:
+        """Give a scalar's value to Python, and record the guard."""
+        if type(proxy) is not ScalarProxy:
+            return proxy
+        if proxy.node not in self.guards:
+            self.guards[proxy.node] = Guard(proxy.node, proxy.value, user_source())
+        return proxy.value
+
+    def read(self, tensor: TensorProxy, method: str, args: Any, kwargs: Any) -> Any:
+        """Give a tensor's data to Python, and record the guard."""
+        if not self.real:
+            raise NeedsData(f"the model reads data with .{method}() at {show_source(user_source())}")
+        if method == "item":
+            return self.specialise(self.wrap(self.node("call_method", "item", (tensor,)), tensor.value.item()))
+        if tensor.node not in self.guards:
+            self.guards[tensor.node] = Guard(tensor.node, tensor.value.detach().clone(), user_source())
+        return getattr(tensor.value.detach(), "numpy" if method == "__array__" else method)(*args, **kwargs)
+
+    def refuse(self, what: str) -> CaptureError:
+        """Return the error for something that a graph cannot hold."""
+        return CaptureError(
+            f"trace {type(self.root).__name__}",
+            found=f"its forward tries to {what} at {show_source(user_source())}",
+            do="keep that out of forward, or exclude the module from the trace",
+        )
+
+    # -- modules --------------------------------------------------------------------------------------------------------
+
+    def is_leaf(self, module: nn.Module) -> bool:
+        """Tell whether ``module`` stays one node."""
+        if module is self.root or isinstance(module, _CONTAINERS):
+            return False
+        if self.leaf == "children" or getattr(type(module), "moefx_leaf", False):
+            return True
+        return type(module).__module__.startswith(("torch.nn.", "torch.ao."))
+
+    def call_module(self, module: nn.Module, args: Any, kwargs: Any, call: Callable[..., Any]) -> Any:
+        """Record a module call: one node for a leaf, the nodes inside it otherwise."""
+        path = self.paths[id(module)]
+        index = self._counts.get(path, 0)
+        self._counts[path] = index + 1
+        if self.is_leaf(module):
+            clone = self.clone(module)
+            value = self.evaluate(lambda *a, **k: type(module).forward(clone, *a, **k), args, kwargs)
+            node = self.node("call_module", path, args, kwargs)
+            node.meta["moefx_call_index"] = index
+            return self.wrap(node, value)
+        before = len(self.graph.nodes)
+        last = next(iter(reversed(self.graph.nodes)), None)
+        self._scope.append((path, index))
+        try:
+            output = call(module, *args, **kwargs)
+        finally:
+            self._scope.pop()
+        inside = _nodes_after(last, len(self.graph.nodes) - before)
+        self.calls.append(
+            ModuleCall(path, index, type(module).__name__, self.arg(args), self.arg(kwargs), _map_out(output), inside)
+        )
+        return output
+
+    def clone(self, module: nn.Module) -> nn.Module:
+        """Return a shallow copy of ``module`` whose tensors are example values: running it never touches the user's."""
+        known = self._clones.get(id(module))
+        if known is None:
+            known = self._clones[id(module)] = module.__class__.__new__(module.__class__)
+            state = dict(module.__dict__)
+            state.pop("forward", None)
+            state["_parameters"] = {k: p if p is None else self.example(p) for k, p in module._parameters.items()}
+            state["_buffers"] = {k: b if b is None else self._buffer(b) for k, b in module._buffers.items()}
+            state["_modules"] = {k: m if m is None else self.clone(m) for k, m in module._modules.items()}
+            known.__dict__.update(state)
+        return known
+
+    def _buffer(self, buffer: torch.Tensor) -> torch.Tensor:
+        return buffer.clone() if self.real else self.example(buffer)
+
+
+def _is_proxy(leaf: Any) -> bool:
+    return type(leaf) is TensorProxy or type(leaf) is ScalarProxy
+
+
+def _map(tree: Any, function: Callable[[Any], Any]) -> Any:
+    kind = type(tree)
+    if kind is TensorProxy or kind is ScalarProxy:
+        return function(tree)
+    if kind is tuple or kind is Shape or kind is torch.Size:
+        return tuple(_map(item, function) for item in tree)
+    if kind is list:
+        return [_map(item, function) for item in tree]
+    if kind is dict:
+        return {key: _map(item, function) for key, item in tree.items()}
+    if kind is slice:
+        return slice(_map(tree.start, function), _map(tree.stop, function), _map(tree.step, function))
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return kind(*(_map(item, function) for item in tree))
+    if isinstance(tree, dict) and not isinstance(tree, nn.Module):
+        return {key: _map(item, function) for key, item in tree.items()}
+    return function(tree)
+
+
+def _map_out(output: Any) -> Any:
+    return pytree.tree_map(lambda leaf: leaf.node if _is_proxy(leaf) else leaf, output)
+
+
+def _plain(value: Any) -> Any:
+    """What ``meta["val"]`` keeps: fake tensors, scalars and tuples of them; real tensors only by their shape."""
+    if isinstance(value, torch.Tensor):
+        if isinstance(value, torch._subclasses.FakeTensor) or value.device.type == "meta":
+            return value
+        return _described(value)
+    if isinstance(value, tuple | list):
+        return tuple(_plain(v) for v in value)
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return value
+
+
+_DESCRIBE = FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def _described(value: torch.Tensor) -> torch.Tensor:
+    with _DESCRIBE:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
+def _nodes_after(last: Node | None, count: int) -> tuple[Node, ...]:
+    if last is None:
+        return ()
+    found, node = [], last
+    for _ in range(count):
+        node = node.next
+        found.append(node)
+    return tuple(found)
