@@ -27,12 +27,15 @@ def require_python():
     """Stop with a usable message if this interpreter is too old."""
     if sys.version_info >= OLDEST:
         return
-    newer = [name for name in ("python3.%d" % minor for minor in range(20, 10, -1)) if shutil.which(name)]
-    hint = "make PYTHON=%s" % newer[0] if newer else "make PYTHON=/path/to/a/newer/python3"
-    sys.exit(
-        "moefx needs Python %d.%d or newer; %s is Python %d.%d.\nTry: %s"
-        % (OLDEST + (sys.executable,) + tuple(sys.version_info[:2]) + (hint,))
-    )
+    newer = [name for name in (f"python3.{minor}" for minor in range(20, 10, -1)) if shutil.which(name)]
+    python = newer[0] if newer else "/path/to/a/newer/python3"
+    found = f"{sys.executable} is Python {version(2)}"
+    sys.exit(f"moefx needs Python {OLDEST[0]}.{OLDEST[1]} or newer; {found}.\nTry: make PYTHON={python}")
+
+
+def version(length=3):
+    """Return this interpreter's version, such as 3.11.7."""
+    return ".".join(str(part) for part in sys.version_info[:length])
 
 
 def key():
@@ -58,7 +61,7 @@ def reusable():
     """Say whether `.venv` was finished once, by this Python version and in this place."""
     config = dict(line.split(" = ", 1) for line in read(os.path.join(VENV, "pyvenv.cfg")).splitlines() if " = " in line)
     made_here = config.get("command", "").endswith(VENV)
-    same_python = config.get("version") == "%d.%d.%d" % tuple(sys.version_info[:3])
+    same_python = config.get("version") == version()
     return os.path.exists(PYTHON) and os.path.exists(STAMP) and made_here and same_python
 
 
@@ -68,9 +71,9 @@ def create():
     Some distributions ship pip without `ensurepip`; their pip then installs into the environment from outside.
     """
     if not reusable():
-        print("Creating .venv with Python %d.%d.%d" % tuple(sys.version_info[:3]), flush=True)
+        print(f"Creating .venv with Python {version()}", flush=True)
         options = [] if has_ensurepip() else ["--without-pip"]
-        subprocess.run([sys.executable, "-m", "venv", "--clear"] + options + [VENV], check=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", *options, VENV], check=True)
     inside = subprocess.run([PYTHON, "-m", "pip", "--version"], capture_output=True)
     return [PYTHON, "-m", "pip"] if inside.returncode == 0 else [sys.executable, "-m", "pip", "--python", PYTHON]
 
@@ -87,8 +90,8 @@ def install(pip):
     flags = ["install", "--no-input", "--constraint", "constraints.txt"]
     run = [["setuptools"], ["--no-build-isolation", "--editable", ".[dev]"]]
     for what in run:
-        subprocess.run(pip + flags + what, check=True, cwd=ROOT, env=env)
-    subprocess.run(pip + ["check"], check=True, cwd=ROOT, env=env)
+        subprocess.run([*pip, *flags, *what], check=True, cwd=ROOT, env=env)
+    subprocess.run([*pip, "check"], check=True, cwd=ROOT, env=env)
     # From elsewhere, so that the installation is found and not the folder.
     subprocess.run([PYTHON, "-c", "import torch, moefx.passes, moefx.codegen"], check=True, cwd=VENV, env=env)
 
@@ -117,6 +120,6 @@ if __name__ == "__main__":
     try:
         main()
     except subprocess.CalledProcessError as error:
-        sys.exit("The environment could not be created: `%s` failed (see above)." % " ".join(map(str, error.cmd)))
+        sys.exit(f"The environment could not be created: `{' '.join(error.cmd)}` failed (see above).")
     except KeyboardInterrupt:
         sys.exit("Interrupted; the next `make` starts the environment again.")

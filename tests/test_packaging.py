@@ -195,7 +195,7 @@ def test_entry_points_resolve() -> None:
 
 
 def test_importing_moefx_leaves_no_top_level_passes(tmp_path: Path) -> None:
-    code = "import sys, moefx, moefx.passes, moefx.codegen; print([n for n in ('passes', 'codegen') if n in sys.modules])"
+    code = "import sys, moefx.passes, moefx.codegen; print([n for n in ('passes', 'codegen') if n in sys.modules])"
     assert python(code, cwd=tmp_path).strip() == "[]"
 
 
