@@ -66,7 +66,7 @@ def reusable():
 
 
 def create():
-    """Make an empty `.venv`; return the command prefix that runs pip for it.
+    """Make an empty `.venv` unless there is a good one; return the command prefix that runs pip for it.
 
     Some distributions ship pip without `ensurepip`; their pip then installs into the environment from outside.
     """
@@ -83,17 +83,18 @@ def has_ensurepip():
     return subprocess.run([sys.executable, "-c", "import ensurepip"], capture_output=True).returncode == 0
 
 
-def install(pip):
+def install(pip, flags):
     """Install the build requirements first, then moefx and its tools without an isolated (unpinned) build."""
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "PIP_USER")}
     env.update(PYTHONNOUSERSITE="1", PIP_DISABLE_PIP_VERSION_CHECK="1")
-    flags = ["install", "--no-input", "--constraint", "constraints.txt"]
-    run = [["setuptools"], ["--no-build-isolation", "--editable", ".[dev]"]]
-    for what in run:
-        subprocess.run([*pip, *flags, *what], check=True, cwd=ROOT, env=env)
-    subprocess.run([*pip, "check"], check=True, cwd=ROOT, env=env)
-    # From elsewhere, so that the installation is found and not the folder.
-    subprocess.run([PYTHON, "-c", "import torch, moefx.passes, moefx.codegen"], check=True, cwd=VENV, env=env)
+    command = [*pip, "install", "--no-input", "--constraint", "constraints.txt", *flags]
+    for what in (["setuptools"], ["--no-build-isolation", "--editable", ".[dev]"]):
+        subprocess.run([*command, *what], check=True, cwd=ROOT, env=env)
+    subprocess.run([*pip, "check", *flags], check=True, cwd=ROOT, env=env)
+    # From elsewhere, so that the installation is found and not the folder. moefx is not imported: its own errors are
+    # for the checks to show.
+    code = "import importlib.util, torch; assert importlib.util.find_spec('moefx')"
+    subprocess.run([PYTHON, "-c", code], check=True, cwd=VENV, env=env)
 
 
 def main():
@@ -106,9 +107,12 @@ def main():
         if read(STAMP) == wanted and reusable():
             return
         pip = create()
+        flags = []
         if os.path.exists(STAMP):
+            print("Refreshing .venv", flush=True)
+            flags = ["--quiet"]  # else every package is listed as satisfied already
             os.remove(STAMP)
-        install(pip)
+        install(pip, flags)
         with open(STAMP + ".new", "w", encoding="utf-8") as file:
             file.write(wanted)
         os.replace(STAMP + ".new", STAMP)
