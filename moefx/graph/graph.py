@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class Graph:
 
     Attributes:
         root: the traced module; never changed, never copied.
-        fx: the nodes. ``meta["val"]`` holds shapes and dtypes, ``meta["moefx"]`` the :class:`~moefx.graph.origin.Origin`.
+        fx: the nodes. ``meta["val"]`` holds shapes and dtypes, ``meta["moefx"]`` the node's origin.
         guards: facts under which the graph equals the model, in program order; checked when the graph runs.
         calls: the module invocations that the trace went through, innermost first.
         constants: tensors that the model holds outside its parameters and buffers.
@@ -102,10 +103,10 @@ class Graph:
     def _execute(self, args: tuple[Any, ...], kwargs: dict[str, Any], keep: tuple[Node, ...]) -> dict[Node, Any]:
         assert self.call_spec is not None, "this graph was built without a signature"
         if self.root.training != self.training:
-            modes = {True: "train", False: "eval"}
+            now, then = ("train", "eval") if self.root.training else ("eval", "train")
             raise GuardError(
                 f"run the graph captured from {type(self.root).__name__}",
-                found=f"the model is in {modes[self.root.training]} mode, the graph was captured in {modes[self.training]} mode",
+                found=f"the model is in {now} mode, the graph was captured in {then} mode",
                 do="switch the mode back, or trace again",
             )
         inputs = self.call_spec.tensors_of(args, kwargs)
@@ -154,12 +155,7 @@ class Graph:
         for node in reversed(list(self.fx.nodes)):
             if not node.users and node not in guarded and _is_read(node):
                 self.fx.erase_node(node)
-        self.calls = [
-            ModuleCall(
-                c.path, c.index, c.type_name, c.args, c.kwargs, c.output, tuple(n for n in c.nodes if not n._erased)
-            )
-            for c in self.calls
-        ]
+        self.calls = [replace(c, nodes=tuple(n for n in c.nodes if not n._erased)) for c in self.calls]
 
     def __repr__(self) -> str:
         return f"<moefx.Graph of {type(self.root).__name__}: {len(self.fx.nodes)} nodes, {len(self.guards)} guards>"
@@ -170,11 +166,8 @@ def _is_read(node: Node) -> bool:
         return True
     if node.op != "call_function":
         return False
-    return (
-        (node.target is operator.getitem and not isinstance(node.meta.get("val"), torch.Tensor))
-        or _is_scalar(node)
-        or (node.target is operator.getitem and isinstance(node.args[1], int))
-    )
+    item = node.target is operator.getitem and isinstance(node.args[1], int | str)
+    return item or _is_scalar(node)
 
 
 def _is_scalar(node: Node) -> bool:
@@ -182,7 +175,7 @@ def _is_scalar(node: Node) -> bool:
 
 
 @contextlib.contextmanager
-def _context(node: Node) -> Any:
+def _context(node: Node) -> Iterator[None]:
     """Run a node under the no_grad and autocast blocks it was traced in."""
     context = node.meta.get("context")
     if context is None:

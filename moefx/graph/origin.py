@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-_HIDDEN = (
-    os.path.dirname(os.path.abspath(__file__)) + os.sep,
-    os.path.dirname(os.path.abspath(torch.__file__)) + os.sep,
-)
+# Frames of these folders are never the user's own line.
+HIDDEN = tuple(os.path.dirname(os.path.abspath(f)) + os.sep for f in (__file__, str(torch.__file__)))
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def user_source() -> str:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         filename = frame.f_code.co_filename
-        if not filename.startswith(_HIDDEN) and not filename.startswith("<"):
+        if not filename.startswith(HIDDEN) and not filename.startswith("<"):
             return f"{short_path(filename)}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
@@ -81,7 +79,7 @@ _long: dict[str, str] = {}
 def short_path(filename: str) -> str:
     """Shorten a file name so that it does not depend on where things are installed."""
     if filename not in _short:
-        head, mark, tail = filename.rpartition("site-packages" + os.sep)
+        _, mark, tail = filename.rpartition("site-packages" + os.sep)
         below = os.path.relpath(filename) if filename.startswith(os.getcwd() + os.sep) else os.path.basename(filename)
         _short[filename] = tail if mark else below
         _long[_short[filename]] = filename

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from moefx.graph.proxy import Proxy, ScalarProxy, TensorProxy
+from moefx.graph.proxy import Proxy, ScalarProxy
 
 if TYPE_CHECKING:
     from moefx.graph.tracer import GuidedTracer
 
 _LOCK = threading.RLock()
 
-FACTORIES = tuple(
-    [
+FACTORIES = (
+    *(
         "arange",
         "zeros",
         "ones",
@@ -31,20 +31,10 @@ FACTORIES = tuple(
         "eye",
         "tensor",
         "as_tensor",
-        "rand",
-        "randn",
-        "randint",
-        "randperm",
-        "tril_indices",
-        "triu_indices",
-        "from_numpy",
         "scalar_tensor",
-        "full_like",
-        "hann_window",
-        "complex",
-        "polar",
-        "empty_strided",
-    ]
+    ),
+    *("rand", "randn", "randint", "randperm", "tril_indices", "triu_indices", "from_numpy", "hann_window"),
+    *("complex", "polar", "empty_strided"),
 )
 _LEAF_FUNCTIONS = (
     ("torch.nn.attention.flex_attention", "flex_attention"),
@@ -88,7 +78,7 @@ def _patch_modules(replace: Callable[..., None], active: Callable[[], bool], tra
 
     def traced_getattr(module: nn.Module, name: str) -> Any:
         found = getattr_(module, name)
-        if isinstance(found, torch.Tensor) and type(found) is not TensorProxy and active():
+        if isinstance(found, torch.Tensor) and not isinstance(found, Proxy) and active():
             return tracer.attribute(found)
         return found
 
@@ -130,10 +120,8 @@ def _patch_functions(replace: Callable[..., None], active: Callable[[], bool], t
         patch(torch, name, always)
     for name in ("sqrt", "log", "log2", "exp", "pow", "prod"):
         patch(math, name, on_scalars)
-    for name in ("finfo", "iinfo", "device"):
-        patch_type_safe = unwrapped if name != "device" else None
-        if patch_type_safe is not None:
-            patch(torch, name, patch_type_safe)
+    for name in ("finfo", "iinfo"):
+        patch(torch, name, unwrapped)
     for module_name, name in _LEAF_FUNCTIONS:
         if module_name in sys.modules:
             patch(sys.modules[module_name], name, always)
@@ -152,7 +140,8 @@ def _patch_user_imports(replace: Callable[..., None], functions: dict[int, Any],
 
 
 def _patch_autocast(replace: Callable[..., None], active: Callable[[], bool], tracer: GuidedTracer) -> None:
-    enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
+    enter: Any = torch.autocast.__enter__
+    leave: Any = torch.autocast.__exit__
 
     def traced_enter(block: Any) -> Any:
         if active():

@@ -1,7 +1,7 @@
 """Values that remember how they were computed: what the user's Python sees while a model is traced.
 
-A proxy answers questions about itself from the example run, so Python control flow is decided concretely. A question whose
-answer depends on a *size* or on *data* is answered through the tracer, which records a guard.
+A proxy answers questions about itself from the example run, so Python control flow is decided concretely. A question
+whose answer depends on a *size* or on *data* is answered through the tracer, which records a guard.
 """
 
 from __future__ import annotations
@@ -17,36 +17,12 @@ if TYPE_CHECKING:
     from moefx.graph.tracer import GuidedTracer
 
 _CONCRETE_ATTRIBUTES = frozenset(
-    [
-        "ndim",
-        "layout",
-        "requires_grad",
-        "is_cuda",
-        "is_cpu",
-        "is_meta",
-        "is_mps",
-        "is_xpu",
-        "is_sparse",
-        "is_quantized",
-        "is_leaf",
-        "itemsize",
-        "names",
-        "grad_fn",
-        "is_nested",
-    ]
+    {"ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "is_sparse", "is_quantized"}
+    | {"is_leaf", "itemsize", "names", "grad_fn", "is_nested"}
 )
 _CONCRETE_METHODS = frozenset(
-    [
-        "dim",
-        "ndimension",
-        "is_floating_point",
-        "is_complex",
-        "is_contiguous",
-        "element_size",
-        "get_device",
-        "is_signed",
-        "is_inference",
-    ]
+    {"dim", "ndimension", "is_floating_point", "is_complex", "is_contiguous", "element_size", "get_device"}
+    | {"is_signed", "is_inference"}
 )
 _DATA_METHODS = frozenset(["item", "tolist", "numpy", "__array__"])
 _STATIC_ATTRIBUTES = frozenset({"dtype", "device"})
@@ -284,8 +260,8 @@ def _install_operators() -> None:
         setattr(Proxy, f"__{name}__", unary(getattr(operator, name)))
     for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "ior"):
         setattr(TensorProxy, f"__{name}__", binary(getattr(operator, name), False))
-    TensorProxy.__getitem__ = binary(operator.getitem, False)  # type: ignore[attr-defined]
-    Proxy.__hash__ = object.__hash__  # type: ignore[method-assign]
+    setattr(TensorProxy, "__getitem__", binary(operator.getitem, False))  # noqa: B010 - mypy sees a class body
+    setattr(Proxy, "__hash__", object.__hash__)  # noqa: B010
 
 
 _install_operators()

@@ -66,11 +66,9 @@ class CallSpec:
             elif isinstance(leaf, _STATIC):
                 self.static.append((name, leaf))
             else:
-                raise CaptureError(
-                    f"trace {self.owner}",
-                    found=f"argument {name!r} is a custom object of type {type(leaf).__name__}, whose content a graph cannot hold",
-                    do="pass tensors, numbers, strings, None, or lists, tuples and dicts of them",
-                )
+                found = f"argument {name!r} is a custom object of type {type(leaf).__name__}; a graph cannot hold its content"
+                advice = "pass tensors, numbers, strings, None, or lists, tuples and dicts of them"
+                raise CaptureError(f"trace {self.owner}", found=found, do=advice)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return all arguments by name, defaults applied.
@@ -81,15 +79,16 @@ class CallSpec:
         try:
             bound = self.signature.bind(*args, **kwargs)
         except TypeError as error:
-            needed = [
-                n
+            named = [
+                (n, p)
                 for n, p in self.signature.parameters.items()
-                if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+                if p.kind < p.VAR_POSITIONAL or p.kind == p.KEYWORD_ONLY
             ]
+            needed = [n for n, p in named if p.default is p.empty]
             raise InputError(
                 f"call {self.owner}.forward with the given inputs",
                 found=f"{error}; given: {len(args)} positional, keywords {sorted(kwargs)}",
-                do=f"pass at least {', '.join(needed)}; the signature is {self.owner}.forward{_short_signature(self.signature)}",
+                do=f"pass at least {', '.join(needed)}; the signature is {_short_signature(self.signature)}",
             ) from error
         bound.apply_defaults()
         return dict(bound.arguments)
@@ -98,7 +97,7 @@ class CallSpec:
         """Return ``(args, kwargs)`` for ``forward`` with ``values`` in the place of the tensors."""
         rest = iter(values)
         leaves = [next(rest) if static is None else static[1] for static in self.static]
-        bound = inspect.BoundArguments(self.signature, pytree.tree_unflatten(leaves, self.spec))  # type: ignore[arg-type]
+        bound = inspect.BoundArguments(self.signature, pytree.tree_unflatten(leaves, self.spec))
         return bound.args, bound.kwargs
 
     def tensors_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
@@ -146,9 +145,5 @@ def _identifier(path: Any, taken: set[str]) -> str:
 
 
 def _short_signature(signature: inspect.Signature) -> str:
-    return str(
-        signature.replace(
-            parameters=[p.replace(annotation=p.empty) for p in signature.parameters.values()],
-            return_annotation=signature.empty,
-        )
-    )
+    bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    return f"forward{signature.replace(parameters=bare, return_annotation=signature.empty)}"

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from moefx.errors import CaptureError, InputError, MoefxError
 from moefx.graph.graph import Graph
-from moefx.graph.origin import _HIDDEN, short_path, show_source
+from moefx.graph.origin import HIDDEN, Origin, short_path, show_source
 from moefx.graph.patches import Snapshot, clear_caches, patched
 from moefx.graph.signature import CallSpec, Inputs, normalise_inputs
 from moefx.graph.tracer import GuidedTracer, NeedsData
@@ -101,8 +101,6 @@ def _trace(model: nn.Module, spec: CallSpec, leaf: str, real: bool) -> Graph:
 
 def _placeholder(tracer: GuidedTracer, name: str, example: torch.Tensor) -> Any:
     node = tracer.graph.placeholder(name)
-    from moefx.graph.origin import Origin
-
     node.meta["moefx"] = Origin("")
     value = example.detach().clone() if tracer.real else tracer.example(example.detach())
     return tracer.wrap(node, value)
@@ -133,7 +131,7 @@ def _check_devices(model: nn.Module, spec: CallSpec) -> None:
 def _capture_error(model: nn.Module, error: Exception) -> MoefxError:
     """Explain an exception that the model raised during the trace, at the user's own line."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if not f.filename.startswith(_HIDDEN) and not f.filename.startswith("<")]
+    own = [f for f in frames if not f.filename.startswith(HIDDEN) and not f.filename.startswith("<")]
     where = show_source(f"{short_path(own[-1].filename)}:{own[-1].lineno}") if own else "its forward"
     return CaptureError(
         f"trace {type(model).__name__}",

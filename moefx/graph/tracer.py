@@ -1,14 +1,14 @@
 """An example-guided tracer: the user's Python runs once on proxies that carry the values of one example.
 
-Control flow is decided concretely, sizes stay symbolic, and a value that reaches Python is specialised and recorded as a guard.
-Values are fake tensors (no compute, no memory), unless the model reads data, in which case the example is really run.
+Control flow is decided concretely, sizes stay symbolic, and a value that reaches Python is specialised and recorded as
+a guard. Values are fake tensors (no compute, no memory), unless the model reads data: then the example is really run.
 """
 
 from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -37,7 +37,11 @@ class NeedsData(BaseException):
 
 
 class GuidedTracer:
-    """Builds one ``fx.Graph``; ``leaf`` says which modules stay nodes: ``"nn"`` (torch.nn) or ``"children"`` (all but the root)."""
+    """Builds one ``fx.Graph``.
+
+    ``leaf`` says which modules stay nodes: ``"nn"`` those of torch.nn, ``"children"`` all below the root. With ``real``
+    the example is really computed.
+    """
 
     def __init__(self, root: nn.Module, leaf: str, real: bool) -> None:
         self.root, self.leaf, self.real = root, leaf, real
@@ -57,7 +61,7 @@ class GuidedTracer:
         self._scalars: dict[Any, ScalarProxy] = {}
         self._clones: dict[int, nn.Module] = {}
 
-    # -- values ---------------------------------------------------------------------------------------------------------
+    # -- values ------------------------------------------------------------
 
     def example(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the example value that stands for ``tensor`` during this trace."""
@@ -92,7 +96,7 @@ class GuidedTracer:
     def _constant_value(self, leaf: Any) -> Any:
         return self.example(leaf) if isinstance(leaf, torch.Tensor) else leaf
 
-    # -- nodes ----------------------------------------------------------------------------------------------------------
+    # -- nodes ------------------------------------------------------------
 
     def node(self, op: str, target: Any, args: Any = (), kwargs: Any = None, name: str | None = None) -> Node:
         """Create one node, stamped with its origin and the context it must run under."""
@@ -136,22 +140,19 @@ class GuidedTracer:
         if isinstance(value, torch.Tensor):
             return TensorProxy(node, value, self)
         if isinstance(value, torch.Size):
-            return Shape(
-                self.wrap(self.node("call_function", operator.getitem, (node, i)), v) for i, v in enumerate(value)
-            )
-        if isinstance(value, tuple | list) and any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(value)):
-            items = [self.wrap(self.node("call_function", operator.getitem, (node, i)), v) for i, v in enumerate(value)]
-            return value._make(items) if hasattr(value, "_make") else type(value)(items)
+            return Shape(self._items(node, enumerate(value)))
         if isinstance(value, dict):
-            made = {k: self.wrap(self.node("call_function", operator.getitem, (node, k)), v) for k, v in value.items()}
+            made = dict(zip(value, self._items(node, value.items()), strict=True))
             return made if type(value) is dict else type(value)(**made)
-        if isinstance(value, tuple | list) and all(isinstance(v, int) for v in value):
-            return type(value)(
-                self.wrap(self.node("call_function", operator.getitem, (node, i)), v) for i, v in enumerate(value)
-            )
+        if isinstance(value, tuple | list):
+            items = self._items(node, enumerate(value))
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         return ScalarProxy(node, value, self) if isinstance(value, _SCALARS) else value
 
-    # -- what proxies ask -----------------------------------------------------------------------------------------------
+    def _items(self, node: Node, items: Iterable[tuple[Any, Any]]) -> list[Any]:
+        return [self.wrap(self.node("call_function", operator.getitem, (node, key)), item) for key, item in items]
+
+    # -- what proxies ask ------------------------------------------------------------
 
     def call_function(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Record a function call."""
@@ -232,7 +233,7 @@ class GuidedTracer:
             do="keep that out of forward, or exclude the module from the trace",
         )
 
-    # -- modules --------------------------------------------------------------------------------------------------------
+    # -- modules ------------------------------------------------------------
 
     def is_leaf(self, module: nn.Module) -> bool:
         """Tell whether ``module`` stays one node."""
