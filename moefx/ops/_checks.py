@@ -1,0 +1,55 @@
+"""Shape, dtype and device checks shared by the kernels and the fake rules of the dialect.
+
+They run inside the operators, not only in the façade, so that an exported program that calls ``torch.ops.moefx``
+directly is checked too. They read sizes only, never values, and so cost nothing on a device and trace cleanly.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from moefx.errors import InputError, MoefxError
+
+INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def describe(**tensors: Tensor | None) -> str:
+    """Return ``name dtype[shape] on device`` for each tensor, for the ``found`` part of an error."""
+    return ", ".join(
+        f"{name} None"
+        if tensor is None
+        else f"{name} {str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} on {tensor.device}"
+        for name, tensor in tensors.items()
+    )
+
+
+def differ(left: int, right: int) -> bool:
+    """Say whether two sizes certainly differ.
+
+    A symbolic size that may yet be equal passes while tracing, without a guard; the kernel checks the number it gets.
+    """
+    return statically_known_true(left != right)
+
+
+def refuse(what: str, do: str, **tensors: Tensor | None) -> NoReturn:
+    """Raise the :class:`InputError` of an operator, with what it was given."""
+    raise InputError(what, found=describe(**tensors), do=do)
+
+
+def one_device(op: str, **tensors: Tensor | None) -> None:
+    """Refuse tensors that live on more than one device."""
+    if len({tensor.device for tensor in tensors.values() if tensor is not None}) > 1:
+        refuse(f"moefx.ops.{op} needs all its tensors on one device", "move them with .to(device)", **tensors)
+
+
+def no_double_backward(op: str) -> NoReturn:
+    """Raise the error of a second derivative, which the dialect does not have."""
+    raise MoefxError(
+        f"the second derivative of moefx::{op} was asked for",
+        found="a backward pass through its gradient (create_graph=True)",
+        do="differentiate once, or write the penalty with dense layers",
+    )
