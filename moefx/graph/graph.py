@@ -157,6 +157,13 @@ class Graph:
                 self.fx.erase_node(node)
         self.calls = [replace(c, nodes=tuple(n for n in c.nodes if not n._erased)) for c in self.calls]
 
+    @staticmethod
+    def from_export(program: Any, root: nn.Module) -> Graph:
+        """Read a ``torch.export`` program of ``root``; see :func:`moefx.graph.export.from_export`."""
+        from moefx.graph.export import from_export
+
+        return from_export(program, root)
+
     def __repr__(self) -> str:
         return f"<moefx.Graph of {type(self.root).__name__}: {len(self.fx.nodes)} nodes, {len(self.guards)} guards>"
 

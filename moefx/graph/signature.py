@@ -66,7 +66,7 @@ class CallSpec:
             elif isinstance(leaf, _STATIC):
                 self.static.append((name, leaf))
             else:
-                found = f"argument {name!r} is a custom object of type {type(leaf).__name__}; a graph cannot hold its content"
+                found = f"argument {name!r} is a {type(leaf).__name__}, a custom object that a graph cannot hold"
                 advice = "pass tensors, numbers, strings, None, or lists, tuples and dicts of them"
                 raise CaptureError(f"trace {self.owner}", found=found, do=advice)
 
