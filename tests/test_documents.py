@@ -1,0 +1,57 @@
+"""The documents: their example runs, their links lead somewhere, their commands exist."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+
+
+def anchors(document: Path) -> set[str]:
+    """Return the anchors that a renderer makes from the headings."""
+    headings = HEADING.findall(document.read_text())
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def blocks(document: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_relative_links_lead_somewhere(document: Path) -> None:
+    for target, anchor in LINK.findall((ROOT / document).read_text()):
+        if "://" in target:
+            continue
+        path = (ROOT / document).parent / target if target else ROOT / document
+        assert path.exists(), target
+        if anchor:
+            assert anchor in anchors(path), f"{target}#{anchor}"
+
+
+def test_the_python_example_of_the_readme_runs(tmp_path: Path) -> None:
+    (example,) = blocks("README.md", "python")
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:moefx", "-c", example], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_make_targets_in_the_documents_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    known = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    named = {name for document in DOCUMENTS for name in re.findall(r"\bmake ([a-z]+)\b", (ROOT / document).read_text())}
+    prose = {"a"}
+    assert named - prose <= known
+    assert {"demo", "test"} <= named
+
+
+def test_the_first_screen_of_the_readme_has_the_two_commands() -> None:
+    first_screen = (ROOT / "README.md").read_text().splitlines()[:25]
+    assert any(line.startswith("$ make demo") for line in first_screen)
+    assert any(line.startswith("$ make test") for line in first_screen)
