@@ -1,0 +1,45 @@
+"""Routed building blocks: ordinary modules and functions that need no graph.
+
+``router`` logits, ``select`` the experts, ``normalise`` their gates, ``experts`` stacked FFNs, ``moe`` the routed FFN,
+``heads`` routed attention heads, ``depths`` routed tokens of a block, ``initialise`` starts from dense weights,
+``losses`` and ``record`` balance terms and statistics, ``precision`` float32 where it matters.
+"""
+
+from moefx.routing import initialise
+from moefx.routing.activation import ACTIVATIONS, Gated, activation
+from moefx.routing.depths import TokenRouter, gather_rows, gather_tokens
+from moefx.routing.experts import DenseFFN, Experts
+from moefx.routing.heads import HeadGate, apply_head_gates
+from moefx.routing.moe import RoutedFFN, Routing
+from moefx.routing.normalise import MODES, default_mode, normalise
+from moefx.routing.record import RoutingRecord
+from moefx.routing.router import LinearRouter, sinusoidal
+from moefx.routing.select import expand_groups, group_limited_top_k, top_k
+from moefx.routing.weights import FFNWeights, random_weights
+
+__all__ = [
+    "ACTIVATIONS",
+    "MODES",
+    "DenseFFN",
+    "Experts",
+    "FFNWeights",
+    "Gated",
+    "HeadGate",
+    "LinearRouter",
+    "RoutedFFN",
+    "Routing",
+    "RoutingRecord",
+    "TokenRouter",
+    "activation",
+    "apply_head_gates",
+    "default_mode",
+    "expand_groups",
+    "gather_rows",
+    "gather_tokens",
+    "group_limited_top_k",
+    "initialise",
+    "normalise",
+    "random_weights",
+    "sinusoidal",
+    "top_k",
+]

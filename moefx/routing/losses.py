@@ -1,0 +1,48 @@
+"""Balance losses and the statistics they are made of, as functions of logits and selections.
+
+Legend: T tokens, E experts, K selected per token. f_e is the fraction of all T·K assignments that go to expert e, so Σ
+f = 1; P_e the mean over tokens of the router's probability. No value leaves the device.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+
+def load_fractions(experts: Tensor, num_experts: int) -> Tensor:
+    """Return f ``[E]``, float32, from expert indices ``[T, K]``; zeros if there are no tokens."""
+    ones = torch.ones(experts.numel(), dtype=torch.int64, device=experts.device)
+    counts = torch.zeros(num_experts, dtype=torch.int64, device=experts.device).scatter_add(
+        0, experts.reshape(-1), ones
+    )
+    return counts.to(torch.float32) / _at_least_one(experts.numel())
+
+
+def mean_over_tokens(values: Tensor) -> Tensor:
+    """Return the mean over the first axis; zero, not NaN, if there are no tokens."""
+    return values.sum(0) / _at_least_one(values.shape[0])
+
+
+def _at_least_one(count: int) -> int:
+    return cast(int, torch.sym_max(count, 1))  # type: ignore[no-untyped-call]  # max() would guard on a symbolic size
+
+
+def switch_balance(fractions: Tensor, mean_probabilities: Tensor) -> Tensor:
+    """Return ``E · Σ_e f_e P_e`` (Switch Transformer, arXiv 2101.03961): 1 when balanced, E when one expert takes all.
+
+    f is constant; the gradient goes through P. Papers that count f per token (Σ f = K) have K times this value.
+    """
+    return fractions.numel() * (fractions.detach() * mean_probabilities).sum()
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """Return the mean over tokens of ``logsumexp(logits)²`` (ST-MoE, arXiv 2202.08906); ``logits`` is ``[T, E]``."""
+    return mean_over_tokens(logits.logsumexp(-1).square())
+
+
+def entropy(probabilities: Tensor) -> Tensor:
+    """Return the mean over tokens of ``−Σ p log p`` in nats: 0 for a decided router, log E for an undecided one."""
+    return mean_over_tokens(torch.special.entr(probabilities).sum(-1))

@@ -1,0 +1,80 @@
+"""What a routed layer remembers of its last call: statistics to look at, and the terms of its auxiliary loss.
+
+Two kinds of memory, because they have two kinds of reader.
+
+*Buffers* (``load``, ``probability``, ``entropy``): float32, non-persistent, overwritten in place without asking the
+device. They are in no autograd graph, so any number of forward passes may precede a backward pass.
+
+*Live terms* (``terms``): the balance and z-loss scalars of the last call *with their graph*, read by
+`moefx.training.aux_loss` before ``backward``. They are returned by an attribute and not added to the output by an
+autograd trick, so the sum the user builds is what is differentiated: gradient scalers, accumulation and world size act
+on it as on any other loss. Consequences:
+
+- gradient accumulation: the terms are fresh tensors on each call, and nothing in their graph is later written in place;
+- checkpointing with ``use_reentrant=False`` (diffusers' default): their graph is part of the checkpointed region, and
+  the recomputation, which happens inside ``backward``, does not record: no second count, no graph kept alive after the
+  step. Re-entrant checkpointing runs the forward without a graph; `aux_loss` refuses rather than return a constant;
+- DDP: each rank has the terms of its own tokens, averaged by the gradient reduction;
+- ``torch.compile(fullgraph=True)``: the terms are two more outputs of the graph, the buffers mutated inputs;
+- ``copy.deepcopy`` and pickling drop the terms (a tensor inside a graph can be neither); buffers are copied;
+- ``torch.export`` and tracing record nothing: what leaves them is the mathematics alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefx.routing.losses import entropy, load_fractions, mean_over_tokens, switch_balance, z_loss
+from moefx.routing.normalise import probabilities
+from moefx.routing.precision import KeepFloat32
+
+
+class RoutingRecord(KeepFloat32):
+    """Statistics of the last call of a router over E experts (or tied groups).
+
+    Args:
+        num_experts: E.
+        device: device of the buffers.
+
+    Attributes:
+        load: f ``[E]``, fraction of all assignments per expert, Σ f = 1.
+        probability: P ``[E]``, mean router probability.
+        entropy: ``[]``, mean entropy of the router's distribution in nats.
+        terms: (balance, z) scalars with their graph, or None.
+    """
+
+    load: Tensor
+    probability: Tensor
+    entropy: Tensor
+
+    def __init__(self, num_experts: int, *, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        for name, shape in (("load", (num_experts,)), ("probability", (num_experts,)), ("entropy", ())):
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float32, device=device), persistent=False)
+        self.terms: tuple[Tensor, Tensor] | None = None
+
+    def update(self, logits: Tensor, experts: Tensor, mode: str) -> None:
+        """Record one routing decision: logits ``[T, E]`` (float32) and selected experts ``[T, K]``."""
+        if not _recording(logits):
+            return
+        p = probabilities(logits, mode)
+        fractions, mean_p = load_fractions(experts, self.num_experts), mean_over_tokens(p)
+        self.load.copy_(fractions)
+        self.probability.copy_(mean_p.detach())
+        self.entropy.copy_(entropy(p.detach()))
+        self.terms = switch_balance(fractions, mean_p), z_loss(logits)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"terms": None}
+
+
+def _recording(logits: Tensor) -> bool:
+    if not issubclass(type(logits), Tensor):  # a tracer's proxy, which may call itself a tensor to isinstance
+        return False
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()
+    return int(torch._C._current_graph_task_id()) == -1  # otherwise backward is running: a checkpoint recomputes
