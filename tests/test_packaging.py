@@ -120,19 +120,18 @@ def test_no_file_of_the_environment_names_a_registry() -> None:
 # --------------------------------------------------------------------------------------------------------------- wheel
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=[["--wheel"], []], ids=["from the tree", "from the sdist"])
+def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the wheel from a copy, so that no `build/` left in the repository can leak into it."""
     copy = tmp_path_factory.mktemp("source of the wheel") / "copy"
-    keep = ("pyproject.toml", "README.md", "LICENSE")
+    keep = ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
     copy.mkdir()
     for name in keep:
         shutil.copy(ROOT / name, copy)
     for name in ("moefx", "passes", "codegen"):
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    done = subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation"], cwd=copy, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "build", "--no-isolation", *request.param]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (built,) = (copy / "dist").glob("moefx-*.whl")
     return built
