@@ -1,0 +1,270 @@
+"""The text of emitted modules, as jinja2 templates.
+
+Shapes in the emitted code: M rows of one tile, N output columns, K input columns, E experts, R = T * k routed rows.
+"""
+
+from __future__ import annotations
+
+HELPERS: dict[str, str] = {
+    "sigmoid": '''@triton.jit
+def _sigmoid(x):
+    """1 / (1 + exp(-x)); exp overflows to infinity for very negative x, which is the right limit."""
+    return 1.0 / (1.0 + tl.exp(-x))''',
+    "tanh": '''@triton.jit
+def _tanh(x):
+    """2 sigmoid(2x) - 1, and its Taylor series near zero, where that would cancel (relative error below 2e-7)."""
+    s = x * x
+    series = x + x * s * (-0.33333333 + s * (0.13333333 + s * (-0.053968254 + s * 0.021869488)))
+    return tl.where(s < 0.0625, series, 2.0 * _sigmoid(2.0 * x) - 1.0)''',
+    "erf": '''@triton.jit
+def _erf(x):
+    """Error function from two polynomial fits, |x| < 1 and log(erfc) beyond; relative error below 2e-7."""
+    s = x * x
+    near = 7.85386073e-05
+    near = near * s - 0.000801019371
+    near = near * s + 0.00518832775
+    near = near * s - 0.0268538129
+    near = near * s + 0.112835854
+    near = near * s - 0.37612626
+    near = near * s + 1.12837911
+    t = tl.minimum(tl.abs(x), 4.0)  # erf(4) rounds to 1 in float32
+    far = 0.000186378355
+    far = far * t - 0.00294765062
+    far = far * t + 0.0218380336
+    far = far * t - 0.103106692
+    far = far * t - 0.63814491
+    far = far * t - 1.12708914
+    far = far * t - 0.00034153185
+    tail = 1.0 - tl.exp(far)
+    return tl.where(t < 1.0, near * x, tl.where(x < 0.0, -tail, tl.where(x > 0.0, tail, x)))''',
+    "expm1": '''@triton.jit
+def _expm1(x):
+    """exp(x) - 1 without cancellation near zero (Kahan); large x, where the quotient overflows, takes exp(x) itself."""
+    u = tl.exp(x)
+    near = tl.where(u == 1.0, x, (u - 1.0) * x / tl.log(u))
+    return tl.where(tl.abs(x) < 1.0, near, u - 1.0)''',
+    "log1p": '''@triton.jit
+def _log1p(x):
+    """log(1 + x) without cancellation near zero (Kahan)."""
+    u = 1.0 + x
+    near = tl.where(u == 1.0, x, tl.log(u) * x / (u - 1.0))
+    return tl.where(tl.abs(x) < 1.0, near, tl.log(u))''',
+}
+
+HEADER = '''"""{{ title }}
+
+{{ meaning }}
+
+Made by moefx.codegen; edits are overwritten.
+{{ facts }}
+"""
+
+import triton
+import triton.language as tl
+{% for helper in helpers %}
+
+
+{{ helper }}
+{% endfor %}
+
+
+'''
+
+TILE_MAP = '''@triton.jit
+def kernel(
+    offsets_ptr,  # int64 [E + 1], first row of each expert, then the first dropped row
+    map_ptr,  # int32 [3, TILES]: expert, first row, end row of each tile; -1 beyond the last tile
+    experts,
+    rows,
+    tiles,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    GROUPS: tl.constexpr,  # power of two, at least E + 1
+):
+    """Find the expert and the rows of every row tile. Group E holds the dropped rows, so that they are written too."""
+    group = tl.arange(0, GROUPS)
+    start = tl.load(offsets_ptr + group, mask=group <= experts, other=0)
+    end = tl.load(offsets_ptr + group + 1, mask=group < experts, other=0)
+    end = tl.where(group == experts, rows, end)
+    tiles_in_group = tl.where(group <= experts, (end - start + BLOCK_M - 1) // BLOCK_M, 0)
+    last_tile = tl.cumsum(tiles_in_group, 0)
+    first_tile = last_tile - tiles_in_group
+
+    tile = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mine = (tile[:, None] >= first_tile[None, :]) & (tile[:, None] < last_tile[None, :])
+    first_row = start[None, :] + (tile[:, None] - first_tile[None, :]) * BLOCK_M
+    exists = tl.sum(mine.to(tl.int32), 1) > 0
+    expert = tl.sum(tl.where(mine, group[None, :], 0), 1)
+    row = tl.sum(tl.where(mine, first_row, 0), 1)
+    row_end = tl.sum(tl.where(mine, end[None, :], 0), 1)
+    row_end = tl.minimum(row_end, row + BLOCK_M)
+    tl.store(map_ptr + tile, tl.where(exists, expert, -1).to(tl.int32), mask=tile < tiles)
+    tl.store(map_ptr + tiles + tile, tl.where(exists, row, -1).to(tl.int32), mask=tile < tiles)
+    tl.store(map_ptr + 2 * tiles + tile, tl.where(exists, row_end, -1).to(tl.int32), mask=tile < tiles)
+
+
+def launch(offsets, tile_map, rows, block_m):
+    """Fill ``tile_map`` int32 [3, TILES]; TILES is a bound known to the host, so the device is never waited for."""
+    experts, tiles = offsets.shape[0] - 1, tile_map.shape[1]
+    groups, block_t = triton.next_power_of_2(experts + 1), 64
+    kernel[(triton.cdiv(tiles, block_t),)](
+        offsets, tile_map, experts, rows, tiles, BLOCK_M=block_m, BLOCK_T=block_t, GROUPS=groups, num_warps=4
+    )
+'''
+
+GROUPED_LINEAR = '''@triton.jit
+def kernel(
+    x_ptr,  # {{ dtype }} {{ "[T, K]" if gather else "[R, K]" }}
+    weight_ptr,  # {{ dtype }} [E, {{ weight_rows }}, K], contiguous
+{% if bias %}
+    bias_ptr,  # {{ bias_dtype }} [E, {{ weight_rows }}]
+{% endif %}
+{% if gather %}
+    order_ptr,  # int64 [R]
+{% endif %}
+    map_ptr,  # int32 [3, TILES], see the tile map kernel
+    out_ptr,  # {{ out_dtype }} [R, N]
+    x_stride,
+    experts,
+    tiles,
+    UPCAST: tl.constexpr,  # the interpreter has no arithmetic for bfloat16
+):
+    # Programs that run together share {{ group_m }} row tiles, which stay in the L2 cache while the weights stream by.
+    pid = tl.program_id(0)
+    group = pid // ({{ group_m }} * {{ column_tiles }})
+    first = group * {{ group_m }}
+    height = tl.minimum(tiles - first, {{ group_m }})
+    tile_m = first + pid % ({{ group_m }} * {{ column_tiles }}) % height
+    tile_n = pid % ({{ group_m }} * {{ column_tiles }}) // height
+
+    expert = tl.load(map_ptr + tile_m)
+    if expert < 0:
+        return
+    row_start = tl.load(map_ptr + tiles + tile_m)
+    row_end = tl.load(map_ptr + 2 * tiles + tile_m)
+    row = row_start + tl.arange(0, {{ block_m }})
+    col = tile_n * {{ block_n }} + tl.arange(0, {{ block_n }})
+    out = out_ptr + row.to(tl.int64)[:, None] * {{ n }} + col[None, :]
+    keep = {{ "(row < row_end)[:, None] & (col < %d)[None, :]" % n if mask_n else "(row < row_end)[:, None]" }}
+    if expert == experts:  # dropped rows are zero, and always written
+        tl.store(out, tl.zeros(({{ block_m }}, {{ block_n }}), out_ptr.dtype.element_ty), mask=keep)
+        return
+
+    # Rows past the end of the group re-read its first row: finite data, no predicate in the loop, masked when stored.
+    source = tl.where(row < row_end, row, row_start).to(tl.int64)
+{% if gather %}
+    source = tl.load(order_ptr + source){{ " // %d" % top_k if top_k > 1 else "" }}
+{% endif %}
+{% if mask_n %}
+    weight_row = tl.minimum(col, {{ n - 1 }})
+{% else %}
+    weight_row = col
+{% endif %}
+    ks = tl.arange(0, {{ block_k }})
+    x = x_ptr + source[:, None] * x_stride + ks[None, :]
+    weight = weight_ptr + expert.to(tl.int64) * {{ weight_rows * k }}
+    w0 = weight + weight_row[None, :] * {{ k }} + ks[:, None]
+    z0 = tl.zeros(({{ block_m }}, {{ block_n }}), tl.float32)
+{% if halves == 2 %}
+    w1 = w0 + {{ n * k }}
+    z1 = tl.zeros(({{ block_m }}, {{ block_n }}), tl.float32)
+{% endif %}
+    for k0 in range(0, {{ k }}, {{ block_k }}):
+{% if mask_k %}
+        x_tile = tl.load(x, mask=(ks < {{ k }} - k0)[None, :], other=0.0)
+{% else %}
+        x_tile = tl.load(x)
+{% endif %}
+        if UPCAST:
+            x_tile = x_tile.to(tl.float32)
+{% for half in range(halves) %}
+{% if mask_k %}
+        w{{ half }}_tile = tl.load(w{{ half }}, mask=(ks < {{ k }} - k0)[:, None], other=0.0)
+{% else %}
+        w{{ half }}_tile = tl.load(w{{ half }})
+{% endif %}
+        if UPCAST:
+            w{{ half }}_tile = w{{ half }}_tile.to(tl.float32)
+        z{{ half }} = tl.dot(x_tile, w{{ half }}_tile, z{{ half }}{{ precision }})
+        w{{ half }} += {{ block_k }}
+{% endfor %}
+        x += {{ block_k }}
+{% if bias %}
+{% for half in range(halves) %}
+    bias{{ half }} = tl.load(bias_ptr + expert * {{ weight_rows }} + {{ "%d + " % n if half else "" }}weight_row)
+    z{{ half }} += bias{{ half }}.to(tl.float32)[None, :]
+{% endfor %}
+{% endif %}
+{% if statements %}
+
+    # Epilogue, in float32.
+{% for statement in statements %}
+    {{ statement }}
+{% endfor %}
+{% endif %}
+    tl.store(out, {{ result }}.to(out_ptr.dtype.element_ty), mask=keep)
+
+
+def launch({{ "x, weight, %s%stile_map, out, upcast" % ("bias, " if bias else "", "order, " if gather else "") }}):
+    """Write ``out`` [R, N]."""
+    tiles = tile_map.shape[1]
+    kernel[(tiles * {{ column_tiles }},)](
+        x,
+        weight,
+{% if bias %}
+        bias,
+{% endif %}
+{% if gather %}
+        order,
+{% endif %}
+        tile_map,
+        out,
+        x.stride(0),
+        weight.shape[0],
+        tiles,
+        UPCAST=upcast,
+        num_warps={{ num_warps }},
+        num_stages={{ num_stages }},
+    )
+'''
+
+COMBINE = '''@triton.jit
+def invert(order_ptr, position_ptr, rows, BLOCK: tl.constexpr):
+    """position[order[r]] = r: where the row of each (token, slot) pair lies."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    slot = tl.load(order_ptr + row, mask=row < rows, other=0)
+    tl.store(position_ptr + slot, row, mask=row < rows)
+
+
+@triton.jit
+def kernel(
+    rows_ptr,  # {{ dtype }} [R, D]
+    position_ptr,  # int64 [T * k]
+    weights_ptr,  # float32 [T, k], contiguous
+    out_ptr,  # {{ dtype }} [T, D]
+):
+    """One token and {{ block_n }} columns: slots are added in order, so the result does not depend on scheduling."""
+    token = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * {{ block_n }} + tl.arange(0, {{ block_n }})
+    total = tl.zeros(({{ block_n }},), tl.float32)
+    for slot in tl.static_range({{ top_k }}):
+        position = tl.load(position_ptr + token * {{ top_k }} + slot)
+        weight = tl.load(weights_ptr + token * {{ top_k }} + slot)
+{% if mask_n %}
+        row = tl.load(rows_ptr + position * {{ n }} + col, mask=col < {{ n }}, other=0.0)
+{% else %}
+        row = tl.load(rows_ptr + position * {{ n }} + col)
+{% endif %}
+        total += weight * row.to(tl.float32)
+{% if mask_n %}
+    tl.store(out_ptr + token * {{ n }} + col, total.to(out_ptr.dtype.element_ty), mask=col < {{ n }})
+{% else %}
+    tl.store(out_ptr + token * {{ n }} + col, total.to(out_ptr.dtype.element_ty))
+{% endif %}
+
+
+def launch(rows, order, position, weights, out):
+    """Write ``out`` [T, D]; ``position`` int64 [T * k] is scratch."""
+    invert[(triton.cdiv(order.shape[0], 1024),)](order, position, order.shape[0], BLOCK=1024)
+    kernel[(out.shape[0], {{ column_tiles }})](rows, position, weights, out, num_warps={{ num_warps }})
+'''

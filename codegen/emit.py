@@ -1,0 +1,121 @@
+"""Print a spec and a schedule as a stand-alone Triton module.
+
+Same spec and schedule, same bytes.  The module needs nothing but Triton: it can be read, copied and run by itself.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jinja2
+
+from moefx.codegen import _templates
+from moefx.codegen.schedule import Schedule, combine_columns
+from moefx.codegen.spec import CombineSpec, KernelSpec, LinearSpec, digest
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    # The output is Python for a kernel compiler, not markup: nothing is to be escaped.
+    return jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+
+
+def _render(body: str, **values: Any) -> str:
+    return _environment().from_string(_templates.HEADER + body).render(**values)
+
+
+def emit(spec: KernelSpec, schedule: Schedule | None = None) -> str:
+    """Return the source of the kernel of ``spec``; a combine kernel needs no schedule."""
+    if isinstance(spec, CombineSpec):
+        return emit_combine(spec)
+    if schedule is None:
+        raise ValueError("a grouped projection is emitted for a schedule")
+    return emit_linear(spec, schedule)
+
+
+def emit_linear(spec: LinearSpec, schedule: Schedule) -> str:
+    """Return the source of a gather + grouped GEMM + bias + epilogue kernel."""
+    n, k = spec.out_features, spec.in_features
+    weight_rows = "N" if spec.halves == 1 else "2 N"
+    return _render(
+        _templates.GROUPED_LINEAR,
+        title=f"{spec.name}: grouped projection of routed rows.",
+        meaning=_meaning(spec, weight_rows),
+        facts=f"K = {k}, N = {n}; {schedule.describe()}.",
+        helpers=[_templates.HELPERS[name] for name in spec.epilogue.helpers],
+        dtype=spec.dtype,
+        bias_dtype=spec.dtype,
+        out_dtype=spec.dtype,
+        gather=spec.gather,
+        top_k=spec.top_k,
+        bias=spec.bias,
+        halves=spec.halves,
+        n=n,
+        k=k,
+        weight_rows=n * spec.halves,
+        mask_n=n % schedule.block_n != 0,
+        mask_k=k % schedule.block_k != 0,
+        column_tiles=-(-n // schedule.block_n),
+        block_m=schedule.block_m,
+        block_n=schedule.block_n,
+        block_k=schedule.block_k,
+        group_m=schedule.group_m,
+        num_warps=schedule.num_warps,
+        num_stages=schedule.num_stages,
+        precision=f', input_precision="{spec.precision}"' if spec.dtype == "float32" else "",
+        statements=spec.epilogue.triton(),
+        result=_result(spec),
+    )
+
+
+def _result(spec: LinearSpec) -> str:
+    result = spec.epilogue.result
+    return result if isinstance(result, str) else f"(z0 * 0.0 + {result!r})"
+
+
+def _meaning(spec: LinearSpec, weight_rows: str) -> str:
+    source = f"order[r] // {spec.top_k}" if spec.gather else "r"
+    lines = [f"z[r] = weight[e] @ x[{source}]{' + bias[e]' if spec.bias else ''}   with e the expert of row r"]
+    if spec.halves == 2:
+        lines.append(f"z0, z1 = the two halves of z; weight is [E, {weight_rows}, K]")
+    if spec.epilogue.is_identity:
+        return "\n".join([*lines, "out[r] = z[r]"])
+    return "\n".join([*lines, "out[r] = epilogue(z[r]), the program after the loop"])
+
+
+def emit_combine(spec: CombineSpec) -> str:
+    """Return the source of the weighted, deterministic sum over slots."""
+    columns, warps = combine_columns(spec)
+    return _render(
+        _templates.COMBINE,
+        title=f"{spec.name}: weighted sum of the {spec.top_k} rows of each token.",
+        meaning=f"out[t] = sum over slots s of weights[t, s] * rows[position[t * {spec.top_k} + s]], in float32",
+        facts=f"D = {spec.features}; {columns} columns per program, {warps} warps.",
+        helpers=[],
+        dtype=spec.dtype,
+        top_k=spec.top_k,
+        n=spec.features,
+        block_n=columns,
+        mask_n=spec.features % columns != 0,
+        column_tiles=-(-spec.features // columns),
+        num_warps=warps,
+    )
+
+
+def emit_tile_map() -> str:
+    """Return the source of the kernel that cuts sorted rows into row tiles of one expert each."""
+    return _render(
+        _templates.TILE_MAP,
+        title="tile_map: row tiles of a sorted batch.",
+        meaning="tile i covers rows [row[i], end[i]) of expert[i]; expert E stands for the dropped rows",
+        facts="One kernel for all models; a region builds its map once and every projection reads it.",
+        helpers=[],
+    )
+
+
+def source_name(spec: KernelSpec, schedule: Schedule | None) -> str:
+    """Return the file stem of an emitted kernel: readable, unique by content."""
+    return f"{spec.name}_{digest(emit(spec, schedule))[:8]}"

@@ -1,0 +1,181 @@
+"""Run lowered regions: tensors in, emitted kernels launched, tensors out.
+
+Regions appear in graphs as one operator, ``moefx::region(tensors, key)``, opaque to compilers and free of host
+synchronisation; ``key`` names the :class:`RegionSpec`, registered in this process by whoever lowered it.
+
+Shapes: T tokens, k slots, R = T * k routed rows, E experts, K input and N output columns of a projection.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+
+from moefx.codegen import store
+from moefx.codegen.emit import emit, emit_tile_map
+from moefx.codegen.reasons import CannotLower
+from moefx.codegen.schedule import Schedule, choose, load_class, row_tile
+from moefx.codegen.spec import CombineSpec, LinearSpec, RegionSpec
+from moefx.codegen.targets import Target, target_of
+
+_REGIONS: dict[str, RegionSpec] = {}
+
+
+def register(region: RegionSpec) -> str:
+    """Make a region callable by its key and return the key."""
+    _REGIONS[region.key] = region
+    return region.key
+
+
+def triton_installed() -> bool:
+    """Whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter, on CPU tensors."""
+    if not triton_installed():
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def schedules(region: RegionSpec, target: Target, rows: int, experts: int) -> tuple[Schedule, ...]:
+    """Return the schedules of a region's projections for a load; all have the same row tile, hence one tile map."""
+    load = load_class(rows, experts)
+    block_m = 32 if target.is_interpreter else row_tile(load)
+    return tuple(choose(linear, target, load, experts, block_m) for linear in region.linears)
+
+
+def tile_bound(rows: int, experts: int, block_m: int) -> int:
+    """Return how many row tiles ``rows`` rows can need: each of E + 1 groups (one of dropped rows) may end in part."""
+    return rows // block_m + min(rows, experts + 1)
+
+
+def tile_map(offsets: torch.Tensor, rows: int, block_m: int) -> torch.Tensor:
+    """Cut ``rows`` sorted rows into tiles of one expert: int32 [3, TILES] of expert, first row, end row; -1 padded."""
+    experts = offsets.shape[0] - 1
+    tiles = torch.empty((3, tile_bound(rows, experts, block_m)), dtype=torch.int32, device=offsets.device)
+    if tiles.numel():
+        _tile_map_module().launch(offsets, tiles, rows, block_m)
+    return tiles
+
+
+@functools.cache
+def _tile_map_module() -> ModuleType:
+    return store.load(emit_tile_map(), "tile_map")
+
+
+class Projection:
+    """One grouped projection, emitted and loaded: calling it launches the kernel."""
+
+    def __init__(self, spec: LinearSpec, schedule: Schedule) -> None:
+        self.spec, self.schedule = spec, schedule
+        self._module = store.load(emit(spec, schedule), spec.name)
+        self._upcast = spec.dtype == "bfloat16" and interpreting()
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        order: torch.Tensor | None,
+        tiles: torch.Tensor,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        """Write ``out`` [R, N] from ``x``, [T, K] with ``order``, else [R, K]."""
+        operands = [x if x.stride(-1) == 1 else x.contiguous(), weight.contiguous()]
+        operands += [bias.contiguous()] if bias is not None else []
+        operands += [order] if order is not None else []
+        if tiles.numel():
+            self._module.launch(*operands, tiles, out, self._upcast)
+        return out
+
+
+class Combine:
+    """One combine kernel, emitted and loaded: calling it launches the kernel."""
+
+    def __init__(self, spec: CombineSpec) -> None:
+        self.spec = spec
+        self._module = store.load(emit(spec), spec.name)
+
+    def __call__(self, rows: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Return the weighted sum [T, D] of routed rows [R, D]."""
+        out = rows.new_empty((weights.shape[0], self.spec.features))
+        if out.numel():
+            self._module.launch(rows, order, torch.empty_like(order), weights.to(torch.float32).contiguous(), out)
+        return out
+
+
+class LoadedRegion:
+    """The kernels of a region for one target and load class."""
+
+    def __init__(self, region: RegionSpec, target: Target, rows: int, experts: int) -> None:
+        self.region = region
+        chosen = schedules(region, target, rows, experts)
+        self.block_m = chosen[0].block_m
+        self.projections = [Projection(spec, schedule) for spec, schedule in zip(region.linears, chosen, strict=True)]
+        self.combine = Combine(region.combine) if region.combine else None
+
+    def __call__(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Run the region; ``tensors`` as :func:`region_op` takes them."""
+        remaining = iter(tensors)
+        x, offsets = next(remaining), next(remaining)
+        order = next(remaining) if self.region.reads_order else None
+        rows = order.shape[0] if order is not None else x.shape[0]
+        tiles = tile_map(offsets, rows, self.block_m)
+        for projection in self.projections:
+            weight = next(remaining)
+            bias = next(remaining) if projection.spec.bias else None
+            out = x.new_empty((rows, projection.spec.out_features))
+            x = projection(x, weight, bias, order if projection.spec.gather else None, tiles, out)
+        if self.combine is not None and order is not None:
+            x = self.combine(x, order, next(remaining))
+        return x
+
+
+@functools.lru_cache(maxsize=1024)
+def _loaded(key: str, target: Target, load: int, experts: int) -> LoadedRegion:
+    return LoadedRegion(_region(key), target, load * experts, experts)
+
+
+def clear() -> None:
+    """Forget the regions and kernels of this process; files stay."""
+    _REGIONS.clear()
+    _loaded.cache_clear()
+    _tile_map_module.cache_clear()
+    store.clear()
+
+
+@torch.library.custom_op("moefx::region", mutates_args=())
+def region_op(tensors: Sequence[torch.Tensor], key: str) -> torch.Tensor:
+    """Run the lowered region ``key`` on x, offsets, order if read, each projection's weight and bias, gates if read."""
+    x, offsets = tensors[0], tensors[1]
+    experts = offsets.shape[0] - 1
+    rows = tensors[2].shape[0] if _region(key).reads_order else x.shape[0]
+    return _loaded(key, target_of(x.device), load_class(rows, experts), experts)(tensors)
+
+
+@region_op.register_fake
+def _(tensors: Sequence[torch.Tensor], key: str) -> torch.Tensor:
+    region = _region(key)
+    x = tensors[0]
+    if region.combine is not None:
+        return x.new_empty((tensors[-1].shape[0], region.combine.features))
+    rows = tensors[2].shape[0] if region.reads_order else x.shape[0]
+    return x.new_empty((rows, region.linears[-1].out_features))
+
+
+def _region(key: str) -> RegionSpec:
+    if key not in _REGIONS:
+        raise CannotLower(
+            f"run the lowered region {key}",
+            found="a graph compiled in another process",
+            do="compile the model again with torch.compile(model, backend='moefx')",
+        )
+    return _REGIONS[key]
