@@ -15,6 +15,13 @@ from moefx.graph.inputs import Request, register_inputs, registered, synthesise
 
 pytest.importorskip("diffusers")
 
+# What some models say when they run on a CPU and are not compiled.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
+    pytest.mark.filterwarnings("ignore:CPU Autocast only supports:UserWarning"),
+]
+
 NAMED = (
     "AuraFlowTransformer2DModel",
     "CogVideoXTransformer3DModel",
@@ -72,8 +79,7 @@ def test_batch_is_a_free_choice(name: str) -> None:
     model = zoo.tiny(name)
     three = run(model, synthesise(model, batch=3))
     one = run(model, synthesise(model, batch=1))
-    assert [t.ndim for t in three] == [t.ndim for t in one]
-    assert three[0].shape != one[0].shape
+    assert sum(t.numel() for t in three) == 3 * sum(t.numel() for t in one)
 
 
 @pytest.mark.parametrize("name", zoo.names())

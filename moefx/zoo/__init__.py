@@ -5,13 +5,15 @@ Nothing is downloaded; diffusers is imported on the first call.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moefx.errors import InputError, nearest
 from moefx.zoo._tiny import TINY
@@ -40,7 +42,7 @@ def tiny(class_name: str, *, seed: int = 0, nonzero: bool = True, **overrides: A
     """
     model = from_config(class_name, tiny_config(class_name) | overrides, seed=seed)
     if nonzero:
-        _fill_zeros(model, seed)
+        _fill(model, seed + 1, _all_zero, std=0.05)
     return model.eval()
 
 
@@ -55,10 +57,29 @@ def from_config(
     if isinstance(config, (str, Path)):
         config = _read(Path(config))
     entries = {k: v for k, v in config.items() if not k.startswith("_")}
-    with torch.random.fork_rng(devices=[]), torch.device(device):
+    with torch.random.fork_rng(devices=[]), torch.device(device), _uninitialised_is_nan(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors is a no-op")
         torch.manual_seed(seed)
         model: nn.Module = kind.from_config(entries)
+    if torch.device(device).type != "meta":
+        _fill(model, seed + 2, lambda parameter: parameter.isnan(), std=0.05)
     return model
+
+
+@contextlib.contextmanager
+def _uninitialised_is_nan() -> Iterator[None]:
+    """Let ``torch.empty`` return NaN, so that parameters which a class leaves uninitialised can be told."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    # The attribute is a property of the module's class, which type checkers do not see.
+    switches: Any = torch.utils.deterministic
+    fill = switches.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    switches.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        switches.fill_uninitialized_memory = fill
 
 
 def _diffusers_class(class_name: str) -> Any:
@@ -84,9 +105,15 @@ def _read(path: Path) -> dict[str, Any]:
     return read
 
 
-def _fill_zeros(model: nn.Module, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed + 1)
+def _fill(model: nn.Module, seed: int, where: Callable[[Tensor], Tensor], std: float) -> None:
+    """Replace by normals those entries of each float parameter for which ``where`` holds."""
+    generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        if parameter.is_floating_point() and not parameter.any():
-            fill = torch.randn(parameter.shape, generator=generator) * 0.05
-            parameter.data.copy_(fill)
+        chosen = where(parameter.data)
+        if parameter.is_floating_point() and chosen.any():
+            drawn = (torch.randn(parameter.shape, generator=generator) * std).to(parameter)
+            parameter.data.copy_(torch.where(chosen, drawn, parameter.data))
+
+
+def _all_zero(parameter: Tensor) -> Tensor:
+    return (~parameter.any()).expand_as(parameter)
