@@ -50,8 +50,8 @@ class Resources:
     def row(self) -> str:
         """Return one line of a resource table."""
         counts = " ".join(f"{name}:{count}" for name, count in self.instructions)
-        registers = f"{self.registers:>4} reg {self.spill_bytes:>5} B spilled"
-        return f"{self.target:<8} {registers} {self.shared_bytes:>7} B shared {self.warps:>2} warps  {counts}  {self.kernel}"
+        sizes = (f"{self.registers:>4} reg", f"{self.spill_bytes:>5} B spilled", f"{self.shared_bytes:>7} B shared")
+        return f"{self.target:<8} {' '.join(sizes)} {self.warps:>2} warps  {counts}  {self.kernel}"
 
 
 def signature(spec: KernelSpec) -> dict[str, str]:

@@ -23,10 +23,10 @@ from moefx.codegen.pointwise import Arg, Builder, Pointwise
 from moefx.codegen.reasons import CannotLower
 
 #: Operators that map to one primitive of the same arity, by the name of their overload packet.
-_UNARY = ("neg", "abs", "exp", "exp2", "log", "log2", "sqrt", "rsqrt", "sin", "cos", "floor", "ceil")
-_UNARY += ("sigmoid", "tanh", "erf", "expm1", "log1p")
+_ROUNDING = ("floor", "ceil", "neg", "abs")
+_CURVES = ("exp", "exp2", "log", "log2", "sqrt", "rsqrt", "sin", "cos", "sigmoid", "tanh", "erf", "expm1", "log1p")
 _BINARY = ("mul", "div", "maximum", "minimum", "gt", "ge", "lt", "le", "eq", "ne")
-_DIRECT = {name: name for name in (*_UNARY, *_BINARY, "where")} | {
+_DIRECT = {name: name for name in (*_ROUNDING, *_CURVES, *_BINARY, "where")} | {
     "logical_and": "and",
     "bitwise_and": "and",
     "logical_or": "or",

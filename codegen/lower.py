@@ -1,0 +1,320 @@
+"""Find routed regions in a graph and say which kernels compute them, or why none do.
+
+A region starts at a ``grouped_linear``, runs through pointwise operators into the next ``grouped_linear`` or the
+``combine`` over the same routing, and so on.  It is found by data flow alone, in traced, exported and dynamo graphs.
+Where an expression cannot be fused the region ends before it and says why; what follows starts a region of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from moefx import ops
+from moefx.codegen.epilogue import trace_pointwise
+from moefx.codegen.pointwise import Pointwise
+from moefx.codegen.reasons import CannotLower
+from moefx.codegen.spec import CombineSpec, LinearSpec, RegionSpec
+
+
+def _argument_names(name: str) -> list[str]:
+    return [argument.name for argument in getattr(torch.ops.moefx, name).default._schema.arguments]
+
+
+_ARGUMENTS = {name: _argument_names(name) for name in ("grouped_linear", "combine")}
+# The functions of moefx.ops suffix names with shapes; positions are the same.
+_ALIASES = {
+    name: dict(zip(inspect.signature(getattr(ops, name)).parameters, arguments, strict=True))
+    for name, arguments in _ARGUMENTS.items()
+}
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """A region and the kernels that replace it."""
+
+    name: str
+    region: RegionSpec
+    nodes: tuple[fx.Node, ...]
+    #: What the region reads, in the order of :func:`moefx.codegen.runtime.region_op`.
+    inputs: tuple[fx.Node, ...]
+    output: fx.Node
+    #: Why the region is not larger, if there was more to fuse.
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A routed operator that no kernel computes; the dialect op stays."""
+
+    name: str
+    node: fx.Node
+    reason: str
+
+
+def dialect_op(node: Any) -> str | None:
+    """Return which dialect op a node calls (``"grouped_linear"``, ``"combine"``), in any spelling of the call."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return None
+    target = node.target
+    for name in _ARGUMENTS:
+        packet = getattr(torch.ops.moefx, name)
+        if target in (packet, packet.default, getattr(ops, name)):
+            return name
+    return None
+
+
+def operands(node: fx.Node) -> dict[str, Any]:
+    """Return the arguments of a dialect call by name."""
+    name = str(dialect_op(node))
+    named = {_ALIASES[name].get(key, key): value for key, value in node.kwargs.items()}
+    return dict.fromkeys(_ARGUMENTS[name]) | dict(zip(_ARGUMENTS[name], node.args, strict=False)) | named
+
+
+def lowerings(graph: Any) -> list[Lowering | Refusal]:
+    """Return every routed region of a graph in execution order.
+
+    ``graph`` is a :class:`torch.fx.GraphModule` (dynamo, export) or a traced graph with ``fx`` and ``root``.
+    """
+    is_module = isinstance(graph, fx.GraphModule)
+    finder = _Finder(graph.graph if is_module else graph.fx, graph if is_module else graph.root)
+    return finder.find()
+
+
+@dataclass
+class _Chain:
+    """A region while it grows: its last operator, and what was taken so far."""
+
+    last: fx.Node
+    order: fx.Node | None
+    open: bool = True
+    specs: list[LinearSpec] = field(default_factory=list)
+    combine: CombineSpec | None = None
+    gates: list[fx.Node] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.nodes = [self.last]
+        self.first = operands(self.last)
+        self.weights = self._weights(self.last)
+
+    @staticmethod
+    def _weights(node: fx.Node) -> list[fx.Node]:
+        named = operands(node)
+        return [named["weight"]] if named["bias"] is None else [named["weight"], named["bias"]]
+
+    def check_follows(self, sink: fx.Node) -> None:
+        """Check that the next operator keeps to the same routing."""
+        named = operands(sink)
+        if dialect_op(sink) == "combine":
+            if self.order is not None and named["order"] is not self.order:
+                raise CannotLower("fuse a combine", found=f"{sink.name} reads another order than the projections")
+        elif named["order"] is not None or named["offsets"] is not self.first["offsets"]:
+            raise CannotLower("fuse two projections", found=f"{sink.name} groups its rows anew")
+
+    def append(self, spec: LinearSpec, between: list[fx.Node], sink: fx.Node) -> None:
+        """Take a projection with its expression, and go on from the next projection."""
+        self.specs.append(spec)
+        self.nodes += [*between, sink]
+        self.weights += self._weights(sink)
+        self.last = sink
+
+    def end(self, spec: LinearSpec, why: str) -> None:
+        """End with a projection whose expression is not fused."""
+        self.specs.append(spec)
+        self.notes.append(why)
+        self.open = False
+
+    def end_in_combine(self, spec: LinearSpec, between: list[fx.Node], sink: fx.Node, combine: CombineSpec) -> None:
+        """End with a projection, its expression and the combine."""
+        self.specs.append(spec)
+        self.nodes += [*between, sink]
+        self.order, self.gates = operands(sink)["order"], [operands(sink)["weights"]]
+        self.combine, self.last, self.open = combine, sink, False
+
+    def lowering(self) -> Lowering:
+        region = RegionSpec(tuple(self.specs), self.combine)
+        order = [self.order] if region.reads_order else []
+        inputs = (self.first["x"], self.first["offsets"], *order, *self.weights, *self.gates)
+        return Lowering(_site(self.nodes[0]), region, tuple(self.nodes), inputs, self.last, tuple(self.notes))
+
+
+class _Finder:
+    def __init__(self, graph: fx.Graph, root: torch.nn.Module) -> None:
+        self.graph, self.root = graph, root
+        self.position = {node: i for i, node in enumerate(graph.nodes)}
+
+    def find(self) -> list[Lowering | Refusal]:
+        found: list[Lowering | Refusal] = []
+        taken: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            if dialect_op(node) != "grouped_linear" or node in taken:
+                continue
+            try:
+                lowering = self.region(node)
+            except CannotLower as error:
+                found.append(Refusal(_site(node), node, error.found or error.asked))
+                continue
+            taken.update(lowering.nodes)
+            found.append(lowering)
+        return found
+
+    def region(self, start: fx.Node) -> Lowering:
+        """Grow a region from its first projection as far as it goes."""
+        chain = _Chain(start, operands(start)["order"])
+        while chain.open:
+            spec = self.linear_spec(chain.last)
+            try:
+                sink, between = self.consumer(chain.last)
+                chain.check_follows(sink)
+                fused = self.epilogue(chain.last, between, sink)
+            except CannotLower as error:
+                chain.end(spec, error.found)
+                break
+            spec = dataclasses.replace(spec, out_features=spec.out_features // fused.inputs, epilogue=fused)
+            if dialect_op(sink) == "combine":
+                chain.end_in_combine(spec, between, sink, self.combine_spec(sink, spec))
+            else:
+                chain.append(spec, between, sink)
+        return chain.lowering()
+
+    def value(self, node: Any) -> torch.Tensor:
+        """Return the fake or real tensor of a node."""
+        found = None
+        if isinstance(node, fx.Node):
+            found = node.meta.get("val", node.meta.get("example_value"))
+            if found is None and node.op == "get_attr":
+                found = _attribute(self.root, str(node.target))
+        if not isinstance(found, torch.Tensor):
+            raise CannotLower(
+                "read shapes", found=f"{node} has no recorded shape", do="propagate shapes through the graph"
+            )
+        return found
+
+    def linear_spec(self, node: fx.Node) -> LinearSpec:
+        """Return the spec of one projection, without an epilogue."""
+        named = operands(node)
+        x, weight, out = self.value(named["x"]), self.value(named["weight"]), self.value(node)
+        if not x.dtype == weight.dtype == out.dtype:
+            raise CannotLower(
+                "lower a projection", found=f"{x.dtype} input, {weight.dtype} weight, {out.dtype} result (autocast)"
+            )
+        if x.device.type not in ("cuda", "cpu"):
+            raise CannotLower("lower a projection", found=f"a tensor on {x.device.type}")
+        precise = torch.get_float32_matmul_precision() == "highest"
+        return LinearSpec(
+            in_features=int(weight.shape[2]),
+            out_features=int(weight.shape[1]),
+            dtype=str(x.dtype).removeprefix("torch."),
+            bias=named["bias"] is not None,
+            gather=named["order"] is not None,
+            top_k=int(named["k"] or 1),
+            precision="ieee" if precise else "tf32",
+        )
+
+    def combine_spec(self, node: fx.Node, linear: LinearSpec) -> CombineSpec:
+        """Return the spec of the combine that ends a region, after ``linear``."""
+        slots = int(self.value(operands(node)["weights"]).shape[1])
+        return CombineSpec(linear.out_features, slots, linear.dtype)
+
+    def consumer(self, start: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+        """Return the one dialect op that everything computed from ``start`` flows into, and the nodes between."""
+        inside, sinks = {start}, set()
+        pending = list(start.users)
+        while pending:
+            node = min(pending, key=self.position.__getitem__)
+            pending = [other for other in pending if other is not node]
+            name = dialect_op(node)
+            if name is not None and _only_data_input(node, name, inside):
+                sinks.add(node)
+                continue
+            self._check_interior(node, inside)
+            inside.add(node)
+            pending += [user for user in node.users if user not in inside]
+        if len(sinks) != 1:
+            raise CannotLower("fuse an expression", found=f"the projection flows into {len(sinks)} routed operators")
+        return sinks.pop(), sorted(inside - {start}, key=self.position.__getitem__)
+
+    @staticmethod
+    def _check_interior(node: fx.Node, inside: set[fx.Node]) -> None:
+        if node.op == "output" or dialect_op(node) is not None:
+            raise CannotLower(
+                "fuse an expression", found=f"{node.op} {node.name} reads the projection outside of the region"
+            )
+        outside = [arg.name for arg in node.all_input_nodes if arg not in inside]
+        if outside:
+            raise CannotLower("fuse an expression", found=f"{node.name} joins it with {', '.join(outside)}")
+
+    def epilogue(self, start: fx.Node, nodes: Iterable[fx.Node], sink: fx.Node) -> Pointwise:
+        """Return the expression between two dialect ops as a program."""
+        graph = fx.Graph()
+        copies = {start: graph.placeholder("z")}
+        for node in nodes:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        graph.output(copies[operands(sink)[_ARGUMENTS[str(dialect_op(sink))][0]]])
+        return trace_pointwise(fx.GraphModule(self.root, graph), int(self.value(start).shape[1]))
+
+
+def _only_data_input(node: fx.Node, name: str, inside: set[fx.Node]) -> bool:
+    """Whether the region enters a dialect op as its rows and in no other place."""
+    named = operands(node)
+    data = named.pop(_ARGUMENTS[name][0])
+    return data in inside and not any(isinstance(arg, fx.Node) and arg in inside for arg in named.values())
+
+
+def _attribute(root: torch.nn.Module, path: str) -> Any:
+    value: Any = root
+    for name in path.split("."):
+        value = getattr(value, str(name), None)
+    return value
+
+
+def _site(node: fx.Node) -> str:
+    path = getattr(node.meta.get("moefx"), "path", None)
+    if path:
+        return str(path)
+    stack = node.meta.get("nn_module_stack")
+    if stack:
+        innermost = str(next(reversed(stack.values()))[0])
+        return innermost.removeprefix("L['self'].").replace("L['self']", "") or node.name
+    return node.name
+
+
+def replace(graph: fx.GraphModule, found: Iterable[Lowering | Refusal]) -> int:
+    """Replace regions by calls of their kernels, in place, and return how many were; refusals are left alone."""
+    from moefx.codegen.runtime import register  # the operator is defined only where kernels are wanted
+
+    count = 0
+    for lowering in found:
+        if isinstance(lowering, Refusal):
+            continue
+        with graph.graph.inserting_before(lowering.output):
+            arguments = (list(lowering.inputs), register(lowering.region))
+            call = graph.graph.call_function(torch.ops.moefx.region.default, arguments)
+        call.meta = dict(lowering.output.meta)
+        lowering.output.replace_all_uses_with(call)
+        for node in reversed(lowering.nodes):
+            graph.graph.erase_node(node)
+        count += 1
+    graph.graph.lint()
+    graph.recompile()
+    return count
+
+
+def describe(found: Iterable[Lowering | Refusal]) -> str:
+    """Return the regions as text: one line each, and one per kernel or reason below it."""
+    lines: list[str] = []
+    for item in found:
+        if isinstance(item, Refusal):
+            lines += [f"{item.name}: not lowered", f"  because {item.reason}"]
+            continue
+        lines.append(f"{item.name}: region {item.region.key}")
+        lines += [f"  {kernel.name}" for kernel in item.region.kernels]
+        lines += [f"  ends there because {note}" for note in item.notes]
+    return "\n".join(lines)
