@@ -45,9 +45,11 @@ def loss_curves(path: Path, pretraining: Curve, dense: Curve, routed: Curve, sta
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4))
         _curve(left, pretraining, DENSE, "dense")
-        left.set(title="Dense pre-training", xlabel="optimizer step", ylabel="velocity error (MSE)", yscale="log")
-        left.yaxis.set_major_formatter("{x:.2g}")
-        left.yaxis.set_minor_formatter("{x:.2g}")
+        left.set(
+            title="Dense pre-training", xlabel="optimizer step", ylabel="velocity error (mean square)", yscale="log"
+        )
+        left.yaxis.set_major_formatter("{x:.3g}")
+        left.yaxis.set_minor_formatter("{x:.3g}")
         _curve(right, dense, DENSE, "dense")
         _curve(right, routed, ROUTED, "routed")
         right.axhline(start, color="#777777", linewidth=1, linestyle=":", label="validation at the start")
@@ -113,11 +115,11 @@ def utilisation(path: Path, load: Tensor, names: list[str]) -> None:
                 aspect="auto",
                 extent=(0, 1, -0.5, experts - 0.5),
             )
-            axis.set(title=name, xlabel="time t  (0 = data, 1 = noise)", xticks=np.linspace(0, 1, 5))
+            axis.set(title=name, xlabel="time t (0: data, 1: noise)", xticks=[0, 0.5, 1])
             _annotate(axis, values, buckets)
         panels[0][0].set(ylabel="expert", yticks=range(experts))
-        figure.colorbar(image, ax=panels[0], label="share of tokens × number of experts  (1 = even)", shrink=0.95)
-        figure.suptitle("Which expert works when: routing of validation images after fine-tuning")
+        figure.colorbar(image, ax=panels[0], label="load relative to an even one", pad=0.015)
+        figure.suptitle("Expert load over time: validation images, after fine-tuning")
         save(figure, path)
 
 

@@ -9,13 +9,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from examples.digits_demo.files import write_text
 
 Facts = dict[str, Any]
-MODELS = {"dense": "dense, pre-trained", "dense_tuned": "dense, fine-tuned", "routed_tuned": "routed, fine-tuned"}
+MODELS = {"dense": "dense, start", "dense_tuned": "dense, tuned", "routed_tuned": "routed, tuned"}
 
 
 def versions() -> dict[str, str]:
@@ -45,7 +46,7 @@ def summary_rows(facts: Facts) -> list[list[str]]:
                 title,
                 f"{cost['parameters']:,}",
                 f"{cost['active_parameters']:,}",
-                f"{cost['flops_per_image'] / 1e6:.2f} M",
+                f"{cost['flops_per_image'] / 1e6:.2f}",
                 f"{facts['validation_loss'][key]['mean']:.4f}",
                 f"{score['pca_frechet_distance']:.3f}",
                 f"{score['knn_agreement']}/{score['samples']}",
@@ -54,7 +55,7 @@ def summary_rows(facts: Facts) -> list[list[str]]:
     return rows
 
 
-HEADINGS = ["model", "parameters", "active", "FLOPs/image", "val. loss", "PCA-Fréchet", "kNN agreement"]
+HEADINGS = ["model", "parameters", "active", "MFLOPs", "val. loss", "Fréchet", "kNN"]
 
 
 def table(headings: list[str], rows: list[list[str]]) -> str:
@@ -123,10 +124,11 @@ def _yardsticks(facts: Facts) -> str:
     judge = facts["config"]["judge"]
     samples = facts["samples"]["dense"]["samples"]
     return (
+        f"MFLOPs: matrix products to denoise one image once. "
         f"Samples: {samples} per model, {judge['sampler_steps']} Heun steps, guidance {judge['guidance']}, "
-        f"same initial noise. PCA-Fréchet: squared Fréchet distance in the first {judge['components']} principal "
+        f"same initial noise. Fréchet: squared Fréchet distance in the first {judge['components']} principal "
         f"components of the training pixels, against the training images; lower is closer. It is not FID. "
-        f"kNN agreement: samples that a "
+        f"kNN: samples that a "
         f"{judge['neighbours']}-nearest-neighbour classifier of pixels gives the class asked for. "
         f"The same scores for held-out real digits: {real['pca_frechet_distance']:.3f} "
         f"({real['samples']} images) and {real['knn_agreement']}/{real['samples']}; for noise: "
@@ -182,7 +184,7 @@ def _run(facts: Facts) -> str:
 def show(facts: Facts, folder: Path) -> None:
     """Print the result table and what was written."""
     console = Console()
-    shown = Table(title="moefx on 8 × 8 digits", title_justify="left")
+    shown = Table(title="moefx on 8 × 8 digits", title_justify="left", box=SIMPLE_HEAD)
     for index, heading in enumerate(HEADINGS):
         shown.add_column(heading, justify="left" if index == 0 else "right")
     for row in summary_rows(facts):
