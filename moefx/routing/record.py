@@ -12,7 +12,7 @@ on it as on any other loss. Consequences:
 
 - gradient accumulation: the terms are fresh tensors on each call, and nothing in their graph is later written in place;
 - checkpointing with ``use_reentrant=False`` (diffusers' default): their graph is part of the checkpointed region, and
-  the recomputation, which happens inside ``backward``, does not record: no second count, no graph kept alive after the
+  the recomputation, which happens inside ``backward``, does not record: no graph is kept alive after the
   step. Re-entrant checkpointing runs the forward without a graph; `aux_loss` refuses rather than return a constant;
 - DDP: each rank has the terms of its own tokens, averaged by the gradient reduction;
 - ``torch.compile(fullgraph=True)``: the terms are two more outputs of the graph, the buffers mutated inputs;
@@ -59,22 +59,27 @@ class RoutingRecord(KeepFloat32):
 
     def update(self, logits: Tensor, experts: Tensor, mode: str) -> None:
         """Record one routing decision: logits ``[T, E]`` (float32) and selected experts ``[T, K]``."""
-        if not _recording(logits):
+        if _only_mathematics(logits):
             return
         p = probabilities(logits, mode)
         fractions, mean_p = load_fractions(experts, self.num_experts), mean_over_tokens(p)
+        terms = switch_balance(fractions, mean_p), z_loss(logits)
+        if _recomputing():  # only now: a recomputation has to save the same tensors as the first pass
+            return
         self.load.copy_(fractions)
         self.probability.copy_(mean_p.detach())
         self.entropy.copy_(entropy(p.detach()))
-        self.terms = switch_balance(fractions, mean_p), z_loss(logits)
+        self.terms = terms
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"terms": None}
 
 
-def _recording(logits: Tensor) -> bool:
-    if not issubclass(type(logits), Tensor):  # a tracer's proxy, which may call itself a tensor to isinstance
-        return False
-    if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting()
-    return int(torch._C._current_graph_task_id()) == -1  # otherwise backward is running: a checkpoint recomputes
+def _only_mathematics(logits: Tensor) -> bool:
+    """Is this an export, or a trace by proxies (which may call themselves tensors to isinstance)?"""
+    return torch.compiler.is_exporting() or not issubclass(type(logits), Tensor)
+
+
+def _recomputing() -> bool:
+    """Is a checkpoint recomputing, that is, is this forward pass inside a backward pass?"""
+    return not torch.compiler.is_compiling() and int(torch._C._current_graph_task_id()) != -1
