@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from moefx import zoo
 from moefx.errors import InputError
 from moefx.graph.inputs import Request, register_inputs, registered, synthesise
+from tests.zoo_models import NAMED
 
 pytest.importorskip("diffusers")
 
@@ -21,24 +22,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
     pytest.mark.filterwarnings("ignore:CPU Autocast only supports:UserWarning"),
 ]
-
-NAMED = (
-    "AuraFlowTransformer2DModel",
-    "CogVideoXTransformer3DModel",
-    "CogView4Transformer2DModel",
-    "DiTTransformer2DModel",
-    "FluxTransformer2DModel",
-    "HunyuanDiT2DModel",
-    "LTXVideoTransformer3DModel",
-    "Lumina2Transformer2DModel",
-    "PixArtTransformer2DModel",
-    "QwenImageTransformer2DModel",
-    "SD3Transformer2DModel",
-    "SanaTransformer2DModel",
-    "UNet2DConditionModel",
-    "UVit2DModel",
-    "WanTransformer3DModel",
-)
 
 
 def tensors(value: Any) -> list[Tensor]:

@@ -37,6 +37,11 @@ OTHER: dict[str, dict[str, Any]] = {
         "in_channels": 6, "condition_dim": 20, "num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 8,
         "ff_inner_dim": 52, "rotary_dim": 4, "fourier_embedding_dim": 18,
     },
+    "RFD4ProteinaTransformer": {
+        "nlayers": 2, "token_dim": 24, "nheads": 2, "dim_cond": 16, "pair_repr_dim": 12, "latent_dim": 6,
+        "token_type_emb_dim": 10, "cath_emb_dim": 4, "t_emb_dim": 14, "seq_sep_dim": 8, "tri_mult_c": 10,
+        "num_sequence_classes": 11,
+    },
     "StableAudio3DiTModel": {
         "io_channels": 6, "embed_dim": 32, "depth": 2, "num_heads": 4, "cond_token_dim": 20, "global_cond_dim": 18,
         "local_add_cond_dim": 7, "timestep_features_dim": 14, "num_memory_tokens": 3,

@@ -159,13 +159,13 @@ def pooled(request: Request) -> Any:
 
 @argument("encoder_hidden_states_image")
 def image_text(request: Request) -> Any:
-    """Return [B, 257, D], the tokens of a CLIP image encoder, for image-to-video models."""
+    """Return [B, 257, D], the tokens of a CLIP image encoder, for image-to-video models ([2 B, ...] with two)."""
     width = request.get("image_dim")
     if not width:
         return OMIT
-    # A first-and-last-frame model holds a position table over the tokens of both images.
-    pairs = request.get("pos_embed_seq_len")
-    return request.normal(request.batch, pairs or 257, width)
+    # A first-and-last-frame model holds a position table over the tokens of both images, which come as two samples.
+    both = request.get("pos_embed_seq_len")
+    return request.normal(2 * request.batch, both // 2, width) if both else request.normal(request.batch, 257, width)
 
 
 # ---- positions and sizes --------------------------------------------------------------------------------------------

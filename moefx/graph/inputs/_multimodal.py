@@ -45,13 +45,18 @@ def ltx2(request: Request) -> dict[str, Any]:
     return request.default(
         **_packed_video(request),
         timestep=time,
-        sigma=time,
+        **_prompt_time(request, time),
         audio_hidden_states=request.normal(batch, AUDIO_TOKENS, config["audio_in_channels"]),
         encoder_hidden_states=request.normal(batch, request.text, config[names[0]]),
         audio_encoder_hidden_states=request.normal(batch, request.text, config[names[1]]),
         audio_encoder_attention_mask=mask,
         audio_num_frames=AUDIO_TOKENS,
     )
+
+
+def _prompt_time(request: Request, time: torch.Tensor) -> dict[str, Any]:
+    modulated = request.get("cross_attn_mod") or request.get("audio_cross_attn_mod")
+    return {"sigma": time} if modulated and request.get("use_prompt_adaln_single") else {}
 
 
 @register_inputs("SanaWMLTX2RefinerTransformer3DModel")

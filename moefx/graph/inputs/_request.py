@@ -37,8 +37,7 @@ class Request:
         self.parameters = _forward_parameters(model)
         tensors = [*model.parameters(), *model.buffers()]
         self.device = tensors[0].device if tensors else torch.device("cpu")
-        floats = (t.dtype for t in tensors if t.dtype.is_floating_point and t.dtype.itemsize > 1)
-        self.dtype = next(floats, torch.float32)
+        self.dtype = _main_dtype(tensors)
         self._generator = torch.Generator().manual_seed(seed)
 
     # ---- config -----------------------------------------------------------------------------------------------------
@@ -202,6 +201,15 @@ def describe(parameter: inspect.Parameter | None, dtype: torch.dtype) -> str:
         (text for word, text in kinds.items() if spelled.removeprefix("torch.").split(" ")[0].endswith(word)), ""
     )
     return f"{known} of unknown shape" if known else f"a value of type {spelled}"
+
+
+def _main_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """Return the float type of most elements: some models keep a few layers in float32, and fp8 is storage only."""
+    elements: dict[torch.dtype, int] = {}
+    for tensor in tensors:
+        if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
+            elements[tensor.dtype] = elements.get(tensor.dtype, 0) + tensor.numel()
+    return max(elements, key=lambda dtype: elements[dtype], default=torch.float32)
 
 
 def _fixed_table(module: nn.Module) -> bool:

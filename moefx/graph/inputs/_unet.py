@@ -59,9 +59,10 @@ def _added(request: Request) -> dict[str, dict[str, Tensor]]:
     config, batch, kind = request.config, request.batch, request.get("addition_embed_type")
     added: dict[str, Tensor] = {}
     if kind == "text_time":
-        # Six time ids (original size, crop, target size), or five for the refiner (the last is an aesthetic score).
         width, per_id = config["projection_class_embeddings_input_dim"], config["addition_time_embed_dim"]
-        count = 6 if (width - 6 * per_id) % 256 == 0 or width % per_id else 5
+        # Six time ids (original size, crop, target size); the SDXL refiner has five, the last an aesthetic score,
+        # and is told by what is left for the pooled text: always the 1280 of its text encoder.
+        count = 5 if width - 5 * per_id == 1280 else 6
         added["text_embeds"] = request.normal(batch, width - count * per_id)
         added["time_ids"] = request.rows([64.0, 96.0, 0.0, 0.0, 64.0, 96.0][:count])
     if kind in ("text_image", "image", "image_hint") or request.get("encoder_hid_dim_type") in (
