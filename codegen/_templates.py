@@ -169,7 +169,7 @@ def kernel(
     w1 = w0 + {{ n * k }}
     z1 = tl.zeros(({{ block_m }}, {{ block_n }}), tl.float32)
 {% endif %}
-    for k0 in range(0, {{ k }}, {{ block_k }}):
+    for {{ "k0" if mask_k else "_" }} in range(0, {{ k }}, {{ block_k }}):
 {% if mask_k %}
         x_tile = tl.load(x, mask=(ks < {{ k }} - k0)[None, :], other=0.0)
 {% else %}

@@ -23,8 +23,13 @@ def _environment() -> jinja2.Environment:
     )
 
 
+@functools.cache
+def _template(body: str) -> jinja2.Template:
+    return _environment().from_string(_templates.HEADER + body)
+
+
 def _render(body: str, **values: Any) -> str:
-    return _environment().from_string(_templates.HEADER + body).render(**values)
+    return _template(body).render(**values)
 
 
 def emit(spec: KernelSpec, schedule: Schedule | None = None) -> str:

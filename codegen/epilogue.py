@@ -246,8 +246,7 @@ class _Reader:
         assert right is not None
         alpha = node.kwargs.get("alpha", args[2] if len(args) > 2 else 1)
         if alpha != 1:
-            scaled = self.b.step("mul", right if name != "rsub" else left, float(alpha))  # type: ignore[arg-type]
-            left, right = (left, scaled) if name != "rsub" else (scaled, right)
+            right = self.b.step("mul", right, float(cast(float, alpha)))
         return self.b.step("add" if name == "add" else "sub", left, right)
 
     def power(self, node: fx.Node, base: Arg, exponent: Arg | None) -> str:

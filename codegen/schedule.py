@@ -34,25 +34,25 @@ class Schedule:
         return f"tile {tile}, {self.num_warps} warps, {self.num_stages} stages, groups of {self.group_m} row tiles"
 
 
-#: Share of the peak that a tile of (rows, columns) reaches; a prior to be calibrated on a device.
+#: Share of the peak that a tile of (rows, columns) reaches; a prior, to be calibrated on a device.
 EFFICIENCY = {
     (128, 256): 1.0,
     (128, 128): 0.9,
     (64, 256): 0.85,
-    (128, 64): 0.7,
     (64, 128): 0.75,
+    (128, 64): 0.7,
     (64, 64): 0.55,
+    (32, 256): 0.4,
     (32, 128): 0.35,
-    (32, 64): 0.3,
+    (16, 256): 0.25,
     (16, 128): 0.2,
-    (16, 64): 0.15,
-    (64, 32): 0.3,
-    (64, 16): 0.15,
-    (32, 32): 0.2,
-    (32, 16): 0.1,
-    (16, 32): 0.1,
-    (16, 16): 0.05,
 }
+_COLUMNS = (256, 128, 64, 32, 16)
+
+
+def efficiency(rows: int, columns: int) -> float:
+    """Return the share of the peak that a tile reaches; below the table it falls with the tile's area."""
+    return EFFICIENCY.get((rows, columns), 0.55 * min(1.0, rows * columns / 4096) * (1.0 if rows >= 64 else 0.5))
 
 
 @functools.cache
@@ -87,17 +87,17 @@ def row_tile(load: int) -> int:
 def _candidates(spec: LinearSpec, target: Target, block_m: int) -> Iterator[Schedule]:
     item = ITEM_BYTES[spec.dtype]
     block_k = min(128 // item, max(16, _power_of_two(spec.in_features)))
-    for (rows, columns), _ in EFFICIENCY.items():
-        accumulators = rows * columns * spec.halves
-        if rows != block_m or columns > max(16, _power_of_two(spec.out_features)):
+    for columns in _COLUMNS:
+        accumulators = block_m * columns * spec.halves
+        if columns > max(16, _power_of_two(spec.out_features)):
             continue
         if accumulators > _accumulator_limit(spec, target, columns):
             continue
-        stage_bytes = (rows + columns * spec.halves) * block_k * item
+        stage_bytes = (block_m + columns * spec.halves) * block_k * item
         stages = min(target.max_stages, target.shared_limit_bytes // stage_bytes, -(-spec.in_features // block_k) + 1)
         if stages >= 1:
             warps = 8 if accumulators >= 128 * 128 or (item == 4 and accumulators >= 64 * 128) else 4
-            yield Schedule(rows, columns, block_k, warps, max(1, stages), 8)
+            yield Schedule(block_m, columns, block_k, warps, max(1, stages), 8)
 
 
 def _accumulator_limit(spec: LinearSpec, target: Target, columns: int) -> int:
@@ -123,12 +123,10 @@ def choose(spec: LinearSpec, target: Target, load: int, experts: int, block_m: i
         return interpreter_schedule(spec, block_m)
     block_m = block_m or row_tile(load)
     candidates = list(_candidates(spec, target, block_m))
-    if spec.dtype == "float32" and not candidates:
-        candidates = list(_candidates(spec, target, 64))
 
     def price(s: Schedule) -> tuple[float, int]:
         sizes = (load, experts, spec.out_features, spec.in_features, s.block_m, s.block_n)
-        return float(_cost()(*sizes, target.processors, EFFICIENCY[s.block_m, s.block_n])), -s.block_n
+        return float(_cost()(*sizes, target.processors, efficiency(s.block_m, s.block_n))), -s.block_n
 
     best = min(candidates, key=price)
     return Schedule(

@@ -1,0 +1,106 @@
+"""gather_grouped_linear_1152x4608_bfloat16_b94e65f0b1: grouped projection of routed rows.
+
+z[r] = weight[e] @ x[order[r] // 2] + bias[e]   with e the expert of row r
+out[r] = epilogue(z[r]), the program after the loop
+
+Made by moefx.codegen; edits are overwritten.
+K = 1152, N = 4608; tile 128x128x64, 8 warps, 4 stages, groups of 32 row tiles.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _sigmoid(x):
+    """1 / (1 + exp(-x)); exp overflows to infinity for very negative x, which is the right limit."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def kernel(
+    x_ptr,  # bfloat16 [T, K]
+    weight_ptr,  # bfloat16 [E, 4608, K], contiguous
+    bias_ptr,  # bfloat16 [E, 4608]
+    order_ptr,  # int64 [R]
+    map_ptr,  # int32 [3, TILES], see the tile map kernel
+    out_ptr,  # bfloat16 [R, N]
+    x_stride,
+    experts,
+    tiles,
+    UPCAST: tl.constexpr,  # the interpreter has no arithmetic for bfloat16
+):
+    # Programs that run together share 32 row tiles, which stay in the L2 cache while the weights stream by.
+    pid = tl.program_id(0)
+    group = pid // (32 * 36)
+    first = group * 32
+    height = tl.minimum(tiles - first, 32)
+    tile_m = first + pid % (32 * 36) % height
+    tile_n = pid % (32 * 36) // height
+
+    expert = tl.load(map_ptr + tile_m)
+    if expert < 0:
+        return
+    row_start = tl.load(map_ptr + tiles + tile_m)
+    row_end = tl.load(map_ptr + 2 * tiles + tile_m)
+    row = row_start + tl.arange(0, 128)
+    col = tile_n * 128 + tl.arange(0, 128)
+    out = out_ptr + row.to(tl.int64)[:, None] * 4608 + col[None, :]
+    keep = (row < row_end)[:, None]
+    if expert == experts:  # dropped rows are zero, and always written
+        tl.store(out, tl.zeros((128, 128), out_ptr.dtype.element_ty), mask=keep)
+        return
+
+    # Rows past the end of the group re-read its first row: finite data, no predicate in the loop, masked when stored.
+    source = tl.where(row < row_end, row, row_start).to(tl.int64)
+    source = tl.load(order_ptr + source) // 2
+    weight_row = col
+    ks = tl.arange(0, 64)
+    x = x_ptr + source[:, None] * x_stride + ks[None, :]
+    weight = weight_ptr + expert.to(tl.int64) * 5308416
+    w0 = weight + weight_row[None, :] * 1152 + ks[:, None]
+    z0 = tl.zeros((128, 128), tl.float32)
+    for _ in range(0, 1152, 64):
+        x_tile = tl.load(x)
+        if UPCAST:
+            x_tile = x_tile.to(tl.float32)
+        w0_tile = tl.load(w0)
+        if UPCAST:
+            w0_tile = w0_tile.to(tl.float32)
+        z0 = tl.dot(x_tile, w0_tile, z0)
+        w0 += 64
+        x += 64
+    bias0 = tl.load(bias_ptr + expert * 4608 + weight_row)
+    z0 += bias0.to(tl.float32)[None, :]
+
+    # Epilogue, in float32.
+    v0 = z0 * z0
+    v1 = v0 * z0
+    v2 = v1 * 0.044715
+    v3 = z0 + v2
+    v4 = v3 * 0.7978845608028654
+    v5 = z0 * 0.5
+    v6 = v4 * 2.0
+    v7 = _sigmoid(v6)
+    v8 = v7 * 2.0
+    v9 = v5 * v8
+    tl.store(out, v9.to(out_ptr.dtype.element_ty), mask=keep)
+
+
+def launch(x, weight, bias, order, tile_map, out, upcast):
+    """Write ``out`` [R, N]."""
+    tiles = tile_map.shape[1]
+    kernel[(tiles * 36,)](
+        x,
+        weight,
+        bias,
+        order,
+        tile_map,
+        out,
+        x.stride(0),
+        weight.shape[0],
+        tiles,
+        UPCAST=upcast,
+        num_warps=8,
+        num_stages=4,
+    )

@@ -1,0 +1,250 @@
+"""What is printed: programs, schedules, sources, and what compilers make of them without a device."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moefx.codegen import (
+    TARGETS,
+    CannotLower,
+    CombineSpec,
+    LinearSpec,
+    Target,
+    choose,
+    emit,
+    emit_tile_map,
+    store,
+    target,
+    trace_pointwise,
+)
+from moefx.codegen.aot import compile_for
+from moefx.errors import OptionError
+
+GOLDENS = Path(__file__).parent / "goldens"
+DEVICES = ("sm_80", "sm_90", "sm_100", "gfx942")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def gelu_tanh(z: Tensor) -> Tensor:
+    return F.gelu(z, approximate="tanh")
+
+
+def swiglu(z: Tensor) -> Tensor:
+    return F.silu(z[..., : z.shape[-1] // 2]) * z[..., z.shape[-1] // 2 :]
+
+
+def up_projection() -> LinearSpec:
+    return LinearSpec(1152, 4608, "bfloat16", True, True, 2, trace_pointwise(gelu_tanh, 4608))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        F.gelu,
+        gelu_tanh,
+        F.silu,
+        lambda z: F.relu(z) ** 2,
+        lambda z: torch.relu_(z).pow_(2),
+        F.mish,
+        F.hardswish,
+        F.elu,
+        F.softplus,
+        F.logsigmoid,
+        lambda z: z.clamp(-1, 2),
+        lambda z: 1 - z.add(2.0, alpha=0.5),
+        lambda z: torch.rsub(z, 3, alpha=2),
+        lambda z: (z * z + 1).pow(-3) + (z * z + 1).pow(1.5) + z.pow(0),
+        lambda z: 2.0**z + (z > 0) * z + (z > 1).logical_not(),
+        lambda z: z.sign() + torch.where((z > 0) & (z < 1), z, -z),
+        lambda z: torch.nn.functional.dropout(z, 0.5, training=False).to(torch.float32).reshape(z.shape),
+        torch.nn.GELU(),
+        torch.nn.ReLU(inplace=True),
+    ],
+)
+def test_any_pointwise_function_becomes_a_program(function: object) -> None:
+    program = trace_pointwise(function, 8)  # type: ignore[arg-type]
+    z = torch.linspace(-4, 4, 40, dtype=torch.float64).view(5, 8)
+    expected = function(z.clone())  # type: ignore[operator]
+    torch.testing.assert_close(program.evaluate(z), expected, atol=1e-6, rtol=1e-6, check_dtype=False)
+
+
+@pytest.mark.parametrize("gate", [swiglu, F.glu, lambda z: z.chunk(2, -1)[1] * z.chunk(2, -1)[0].tanh()])
+def test_gated_functions_read_two_halves(gate: object) -> None:
+    program = trace_pointwise(gate, 8)  # type: ignore[arg-type]
+    z = torch.randn(5, 8, dtype=torch.float64)
+    assert program.inputs == 2
+    torch.testing.assert_close(program.evaluate(*z.chunk(2, -1)), gate(z))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda z: z.softmax(-1), "amax"),
+        (lambda z: F.dropout(z, 0.5, training=True), "bernoulli|shape"),
+        (lambda z: torch.lgamma(z), "lgamma"),
+        (lambda z: z + torch.arange(8.0), "reads the tensor|arange|iota"),
+        (lambda z: z.to(torch.int32), "int32"),
+        (lambda z: z[:, :3], "half"),
+        (lambda z: z.cumsum(-1), "cumsum|broadcast_in_dim"),
+        (lambda z: z * z.sum(), "sum"),
+        (lambda z: z.chunk(2, -1)[0] * z.mean(), "prims|sum|mean"),
+        (lambda z: 1 / 0, "ZeroDivisionError"),
+    ],
+)
+def test_what_is_not_pointwise_is_refused_with_the_operator(function: object, reason: str) -> None:
+    with pytest.raises(CannotLower, match=reason):
+        trace_pointwise(function, 8)  # type: ignore[arg-type]
+
+
+def test_equal_expressions_are_one_kernel_in_any_spelling() -> None:
+    spellings = [lambda z: F.silu(z), lambda z: z * torch.sigmoid(z), torch.nn.SiLU()]
+    names = {LinearSpec(64, 64, "float32", epilogue=trace_pointwise(f, 64)).name for f in spellings}
+    assert len(names) == 1
+
+
+def test_specs_refuse_dtypes_without_kernels() -> None:
+    with pytest.raises(CannotLower, match="float64"):
+        LinearSpec(64, 64, "float64")
+
+
+def test_unknown_target_is_refused_with_the_nearest() -> None:
+    with pytest.raises(OptionError, match="did you mean 'sm_90'"):
+        target("sm90")
+
+
+def fits(spec: LinearSpec, device: Target, load: int) -> bool:
+    schedule = choose(spec, device, load, 8)
+    stage = (schedule.block_m + schedule.block_n * spec.halves) * schedule.block_k * 2
+    powers = all(v & (v - 1) == 0 for v in (schedule.block_m, schedule.block_n, schedule.block_k, schedule.num_warps))
+    return (
+        powers
+        and stage * schedule.num_stages <= device.shared_limit_bytes
+        and schedule == choose(spec, device, load, 8)
+    )
+
+
+@pytest.mark.parametrize("name", sorted(TARGETS))
+@pytest.mark.parametrize("load", [1, 16, 32, 64, 300, 5000])
+def test_schedules_fit_their_target(name: str, load: int) -> None:
+    for n, k in ((4608, 1152), (1152, 4608), (7, 13), (1, 1), (300, 24), (24576, 3072)):
+        for epilogue in (trace_pointwise(F.gelu, 8), trace_pointwise(swiglu, 8)):
+            for dtype in ("bfloat16", "float32"):
+                spec = LinearSpec(k, n, dtype, epilogue=epilogue)
+                assert fits(spec, target(name), load) or dtype == "float32"
+                emit(spec, choose(spec, target(name), load, 8))
+
+
+def golden_sources() -> dict[str, str]:
+    up, sm_90 = up_projection(), target("sm_90")
+    gated = LinearSpec(1000, 300, "float16", False, True, 1, trace_pointwise(swiglu, 600))
+    return {
+        "kernel_up_gelu_sm_90.py": emit(up, choose(up, sm_90, 1024, 8)),
+        "kernel_gated_ragged_sm_80.py": emit(gated, choose(gated, target("sm_80"), 64, 8)),
+        "kernel_combine.py": emit(CombineSpec(1152, 2, "bfloat16")),
+        "kernel_tile_map.py": emit_tile_map(),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(golden_sources()))
+def test_sources_are_stable(name: str) -> None:
+    path = GOLDENS / name
+    assert golden_sources()[name] == path.read_text(), f"if intended: python {__file__} writes the goldens anew"
+
+
+@pytest.mark.skipif(
+    shutil.which("ruff") is None and importlib.util.find_spec("ruff") is None, reason="ruff not installed"
+)
+def test_sources_are_formatted_and_clean(tmp_path: Path) -> None:
+    for name, source in golden_sources().items():
+        (tmp_path / name).write_text(source)
+    for command in (["format", "--check"], ["check", "--select", "E,F,I,UP,B"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, "--line-length", "120", "--isolated", str(tmp_path)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_sources_use_no_vendor_library_and_no_atomics() -> None:
+    for source in golden_sources().values():
+        assert "libdevice" not in source
+        assert "atomic" not in source
+
+
+@needs_triton
+@pytest.mark.parametrize("device", DEVICES)
+def test_up_projection_compiles_without_a_device(device: str) -> None:
+    spec, chosen = up_projection(), target(device)
+    schedule = choose(spec, chosen, 1024, 8)
+    found = compile_for(spec, schedule, chosen)
+    matrix = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}[device]
+    assert found.spill_bytes == 0, found.row()
+    assert found.count(matrix) > 0, found.row()
+    assert 0 < found.registers <= 255
+    assert 0 < found.shared_bytes <= chosen.shared_limit_bytes
+    if device != "gfx942":
+        assert found.count("LDGSTS") > 0, "the gathered rows are to be copied asynchronously"
+
+
+@needs_triton
+def test_other_kernels_compile_for_sm_90() -> None:
+    sm_90 = target("sm_90")
+    down = LinearSpec(4608, 1152, "bfloat16", True)
+    gated = LinearSpec(1152, 4608, "bfloat16", False, True, 2, trace_pointwise(swiglu, 9216))
+    for spec in (down, gated):
+        found = compile_for(spec, choose(spec, sm_90, 1024, 8), sm_90)
+        assert (found.spill_bytes, found.count("HGMMA") > 0) == (0, True), found.row()
+    assert compile_for(CombineSpec(1152, 2, "bfloat16"), None, sm_90).spill_bytes == 0
+
+
+@needs_triton
+def test_a_failing_compilation_is_a_reason() -> None:
+    spec = up_projection()
+    broken = choose(spec, target("sm_90"), 1024, 8).__class__(96, 128, 64, 4, 3, 8)
+    with pytest.raises(CannotLower, match="exit status"):
+        compile_for(spec, broken, target("sm_90"))
+
+
+def test_sources_are_kept_on_disk_and_a_changed_file_is_not_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOEFX_CACHE_DIR", str(tmp_path))
+    source = "answer = 42\n"
+    path = store.save(source, "stem")
+    assert path is not None
+    assert path.read_text() == source
+    path.write_text("raise RuntimeError('tampered')\n")
+    assert store.load(source, "stem").answer == 42
+    assert path.read_text() == source
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_an_unwritable_folder_means_memory_and_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    monkeypatch.setenv("MOEFX_CACHE_DIR", str(blocker))
+    caplog.set_level(logging.WARNING, logger="moefx.codegen.store")
+    assert store.load("one = 1\n", "in_memory_one").one == 1
+    assert store.load("two = 2\n", "in_memory_two").two == 2
+    assert len(caplog.records) == 1
+    assert "MOEFX_CACHE_DIR" in caplog.text
+
+
+if __name__ == "__main__":
+    GOLDENS.mkdir(exist_ok=True)
+    for name, text in golden_sources().items():
+        (GOLDENS / name).write_text(text)
