@@ -78,13 +78,17 @@ class Config:
     judge: JudgeConfig = JudgeConfig()
 
     def shortened(self, steps: int) -> Config:
-        """Return the same demo with ``steps`` steps of each stage and, for a handful of steps, fewer samples."""
+        """Return the same demo with ``steps`` steps of each stage, measured with fewer samples and draws."""
         short = {"steps": steps, "evaluate_every": min(self.dense.evaluate_every, max(1, steps // 2))}
         return dataclasses.replace(
             self,
             dense=dataclasses.replace(self.dense, **short),
             finetune=dataclasses.replace(self.finetune, **short),
-            judge=dataclasses.replace(self.judge, samples_per_class=min(self.judge.samples_per_class, 8 + steps)),
+            judge=dataclasses.replace(
+                self.judge,
+                samples_per_class=min(self.judge.samples_per_class, 8 + steps),
+                draws_per_bucket=1,
+            ),
         )
 
     def as_dict(self) -> dict[str, Any]:
