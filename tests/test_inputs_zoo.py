@@ -74,7 +74,7 @@ def test_random_state_and_deterministic_mode_are_as_before() -> None:
     assert torch.are_deterministic_algorithms_enabled() == before[1]
 
 
-@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "PriorTransformer", "ErnieImageTransformer2DModel"])
+@pytest.mark.parametrize("name", ["StableAudio3DiTModel", "PriorTransformer", "ErnieImageTransformer2DModel"])
 def test_zero_parameters_are_filled_unless_asked_for(name: str) -> None:
     filled, plain = zoo.tiny(name), zoo.tiny(name, nonzero=False)
     assert all(p.any() for p in filled.parameters())
