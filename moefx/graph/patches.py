@@ -153,6 +153,12 @@ def _patch_autocast(replace: Callable[..., None], active: Callable[[], bool], tr
             tracer.autocasts.pop()
         return leave(block, *exc)
 
+    init: Any = torch.autocast.__init__
+
+    def plain_init(block: Any, *args: Any, **kwargs: Any) -> None:
+        init(block, *map(tracer.specialise, args), **{k: tracer.specialise(v) for k, v in kwargs.items()})
+
+    replace(torch.autocast, "__init__", plain_init)
     replace(torch.autocast, "__enter__", traced_enter)
     replace(torch.autocast, "__exit__", traced_leave)
 
@@ -170,34 +176,59 @@ def clear_caches(root: nn.Module) -> None:
 
 
 class Snapshot:
-    """The Python attributes of every module, to undo what a forward wrote into them while it saw proxies."""
+    """The Python state of every module, to undo what a forward wrote into it while it saw proxies.
+
+    Plain helper objects that modules hold (rotary tables, processors) are included: some fill a cache at their first call.
+    """
 
     def __init__(self, root: nn.Module) -> None:
-        self._saved = [(m, {k: _shallow(v) for k, v in m.__dict__.items()}) for m in root.modules()]
+        self._attributes: list[tuple[Any, dict[str, Any]]] = []
+        self._containers: list[tuple[Any, Any]] = []
+        self._seen: set[int] = set()
+        for module in root.modules():
+            self._keep(module)
+
+    def _keep(self, holder: Any) -> None:
+        self._seen.add(id(holder))
+        self._attributes.append((holder, dict(holder.__dict__)))
+        for key, value in holder.__dict__.items():
+            if key not in ("_parameters", "_buffers", "_modules"):
+                self._look(value)
+
+    def _look(self, value: Any) -> None:
+        if id(value) in self._seen or isinstance(value, nn.Module):
+            return
+        if type(value) in (dict, list):
+            self._seen.add(id(value))
+            self._containers.append((value, type(value)(value)))
+            for item in value.values() if isinstance(value, dict) else value:
+                self._look(item)
+        elif type(getattr(value, "__dict__", None)) is dict and not _is_foreign(value):
+            self._keep(value)
 
     def restore(self) -> list[str]:
-        """Put every attribute back; return the names of those that had changed to hold a proxy."""
+        """Put everything back; return the names of the attributes that had changed."""
         changed = []
-        for module, saved in self._saved:
-            for key, (value, copy) in saved.items():
-                if module.__dict__.get(key, _MISSING) is not value:
-                    changed.append(f"{type(module).__name__}.{key}")
-                    module.__dict__[key] = value
-                if copy is not None and key not in ("_parameters", "_buffers", "_modules") and _differs(value, copy):
-                    changed.append(f"{type(module).__name__}.{key}")
-                    value.clear()
-                    value.update(copy) if isinstance(value, dict) else value.extend(copy)
-            for key in [k for k in module.__dict__ if k not in saved]:
-                changed.append(f"{type(module).__name__}.{key}")
-                del module.__dict__[key]
+        for holder, saved in self._attributes:
+            now = holder.__dict__
+            for key in [k for k, v in now.items() if saved.get(k, _MISSING) is not v]:
+                changed.append(f"{type(holder).__name__}.{key}")
+                del now[key]
+            now.update(saved)
+        for container, saved in self._containers:
+            if _differs(container, saved):
+                changed.append(f"a {type(container).__name__} of the model")
+                container.clear()
+                container.update(saved) if isinstance(container, dict) else container.extend(saved)
         return changed
 
 
+def _is_foreign(value: Any) -> bool:
+    home = type(value).__module__.partition(".")[0]
+    return isinstance(value, type | torch.Tensor) or home in ("builtins", "torch", "functools", "types", "collections")
+
+
 _MISSING = object()
-
-
-def _shallow(value: Any) -> tuple[Any, Any]:
-    return value, (type(value)(value) if type(value) in (dict, list) else None)
 
 
 def _differs(value: Any, copy: Any) -> bool:

@@ -10,6 +10,7 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy
 import torch
 from torch.fx import Node
 
@@ -107,6 +108,9 @@ class ScalarProxy(Proxy):
     def __str__(self) -> str:
         return str(self.tracer.specialise(self))
 
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return numpy.asarray(self.tracer.specialise(self))
+
     def __format__(self, spec: str) -> str:
         return format(self.tracer.specialise(self), spec)
 
@@ -131,16 +135,18 @@ class ScalarProxy(Proxy):
 class TensorProxy(Proxy):
     """A tensor that the graph computes."""
 
-    __slots__ = ("_shape",)
+    __slots__ = ("_is_parameter", "_shape")
     _shape: Shape | None
+    _is_parameter: bool
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        return torch.nn.Parameter if isinstance(self.value, torch.nn.Parameter) else torch.Tensor
+        return torch.nn.Parameter if self._is_parameter else torch.Tensor
 
-    def __init__(self, node: Node, value: Any, tracer: GuidedTracer) -> None:
+    def __init__(self, node: Node, value: Any, tracer: GuidedTracer, is_parameter: bool = False) -> None:
         super().__init__(node, value, tracer)
         object.__setattr__(self, "_shape", None)
+        object.__setattr__(self, "_is_parameter", is_parameter)
 
     @property
     def shape(self) -> Shape:

@@ -41,7 +41,8 @@ def trace(model: nn.Module, inputs: Inputs = None, *, leaf: Literal["nn", "child
     try:
         return _trace(model, spec, leaf, real=False)
     except NeedsData as reason:
-        if any(t.is_meta for t in [*model.parameters(), *model.buffers()]):
+        fake = any(isinstance(t, torch._subclasses.FakeTensor) for t in spec.examples)
+        if fake or any(t.is_meta for t in [*model.parameters(), *model.buffers()]):
             raise CaptureError(
                 f"trace {type(model).__name__} without its weights",
                 found=str(reason),
@@ -63,7 +64,8 @@ def _example(model: nn.Module) -> Inputs:
 
 
 def _trace(model: nn.Module, spec: CallSpec, leaf: str, real: bool) -> Graph:
-    tracer = GuidedTracer(model, leaf, real)
+    modes = [t.fake_mode for t in spec.examples if isinstance(t, torch._subclasses.FakeTensor)]
+    tracer = GuidedTracer(model, leaf, real, modes[0] if modes else None)
     snapshot = Snapshot(model)
     try:
         with torch.enable_grad():

@@ -43,7 +43,7 @@ class GuidedTracer:
     the example is really computed.
     """
 
-    def __init__(self, root: nn.Module, leaf: str, real: bool) -> None:
+    def __init__(self, root: nn.Module, leaf: str, real: bool, mode: FakeTensorMode | None = None) -> None:
         self.root, self.leaf, self.real = root, leaf, real
         self.graph = FxGraph()
         self.paths = {id(m): name for name, m in root.named_modules(remove_duplicate=True)}
@@ -54,7 +54,7 @@ class GuidedTracer:
         self.constants: dict[str, torch.Tensor] = {}
         self.autocasts: list[tuple[str, torch.dtype, bool]] = []
         self.paused = False
-        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._fake = mode or FakeTensorMode(allow_non_fake_inputs=True)
         self._scope: list[tuple[str, int]] = [("", 0)]
         self._counts: dict[str, int] = {}
         self._attributes: dict[int, TensorProxy] = {}
@@ -68,7 +68,8 @@ class GuidedTracer:
         if self.real or isinstance(tensor, torch._subclasses.FakeTensor):
             return tensor
         with self._pause():
-            return self._fake.from_tensor(tensor, static_shapes=True)
+            fake = self._imitate(tensor)
+            return fake.requires_grad_(tensor.requires_grad) if fake.is_leaf else fake
 
     @contextlib.contextmanager
     def _pause(self) -> Iterator[None]:
@@ -126,17 +127,21 @@ class GuidedTracer:
         if known is None:
             name = self.names.get(id(tensor))
             if name is None:
+                if isinstance(tensor, torch._subclasses.FakeTensor):
+                    raise self.refuse("use a value that an earlier trace left behind")
                 name = f"_constant_{len(self.constants)}"
                 self.constants[name] = tensor
             node = self.node("get_attr", name)
-            node.meta["val"] = value = self.example(tensor)
-            known = self._attributes[id(tensor)] = TensorProxy(node, value, self)
+            value = self.example(tensor)
+            with self._pause():
+                node.meta["val"] = self._shape_only(value)
+            known = self._attributes[id(tensor)] = TensorProxy(node, value, self, isinstance(tensor, nn.Parameter))
         return known
 
     def wrap(self, node: Node, value: Any) -> Any:
         """Return ``value`` as the user's Python sees it: proxies inside real Python containers."""
         with self._pause():
-            node.meta["val"] = _plain(value)
+            node.meta["val"] = self._shape_only(value)
         if isinstance(value, torch.Tensor):
             return TensorProxy(node, value, self)
         if isinstance(value, torch.Size):
@@ -148,6 +153,20 @@ class GuidedTracer:
             items = self._items(node, enumerate(value))
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         return ScalarProxy(node, value, self) if isinstance(value, _SCALARS) else value
+
+    def _shape_only(self, value: Any) -> Any:
+        """What ``meta["val"]`` keeps: fake tensors, scalars, and containers of them."""
+        if isinstance(value, torch.Tensor):
+            return value if isinstance(value, torch._subclasses.FakeTensor) else self._imitate(value)
+        if isinstance(value, tuple | list):
+            return tuple(self._shape_only(v) for v in value)
+        return {k: self._shape_only(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    def _imitate(self, tensor: torch.Tensor) -> torch.Tensor:
+        if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.layout != torch.strided:
+            return self._fake.from_tensor(tensor, static_shapes=True)
+        with self._fake:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
     def _items(self, node: Node, items: Iterable[tuple[Any, Any]]) -> list[Any]:
         return [self.wrap(self.node("call_function", operator.getitem, (node, key)), item) for key, item in items]
@@ -239,9 +258,9 @@ class GuidedTracer:
         """Tell whether ``module`` stays one node."""
         if module is self.root or isinstance(module, _CONTAINERS):
             return False
-        if self.leaf == "children" or getattr(type(module), "moefx_leaf", False):
+        if self.leaf == "children":
             return True
-        return type(module).__module__.startswith(("torch.nn.", "torch.ao."))
+        return type(module).__module__.startswith(("torch.nn.", "torch.ao.", "moefx."))
 
     def call_module(self, module: nn.Module, args: Any, kwargs: Any, call: Callable[..., Any]) -> Any:
         """Record a module call: one node for a leaf, the nodes inside it otherwise."""
@@ -309,27 +328,6 @@ def _map(tree: Any, function: Callable[[Any], Any]) -> Any:
 
 def _map_out(output: Any) -> Any:
     return pytree.tree_map(lambda leaf: leaf.node if _is_proxy(leaf) else leaf, output)
-
-
-def _plain(value: Any) -> Any:
-    """What ``meta["val"]`` keeps: fake tensors, scalars and tuples of them; real tensors only by their shape."""
-    if isinstance(value, torch.Tensor):
-        if isinstance(value, torch._subclasses.FakeTensor) or value.device.type == "meta":
-            return value
-        return _described(value)
-    if isinstance(value, tuple | list):
-        return tuple(_plain(v) for v in value)
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return value
-
-
-_DESCRIBE = FakeTensorMode(allow_non_fake_inputs=True)
-
-
-def _described(value: torch.Tensor) -> torch.Tensor:
-    with _DESCRIBE:
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 def _nodes_after(last: Node | None, count: int) -> tuple[Node, ...]:

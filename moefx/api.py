@@ -1,0 +1,138 @@
+"""The public verbs: trace, sites, plan, transform, verify, untransform."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from torch import nn
+
+from moefx.errors import InputError, OptionError
+from moefx.graph import Graph, trace
+from moefx.graph.signature import Inputs
+from moefx.model.plan import Plan
+from moefx.model.select import Patterns
+from moefx.model.transform import Clock, check_model, plan_model, transform_model, untransform_model
+from moefx.passes.analysis import Site, analyse
+from moefx.passes.analysis.site import Miss
+from moefx.passes.rewrite import Pass, get_pass
+from moefx.recipes import build_passes, get_recipe
+
+Model = TypeVar("Model", bound=nn.Module)
+Passes = Sequence[str | Pass] | None
+
+
+def sites(model_or_graph: nn.Module | Graph, inputs: Inputs = None) -> list[Site]:
+    """Return every feed-forward network, attention and repeated block of a model, found by data flow.
+
+    Args:
+        model_or_graph: a model, or a graph from :func:`moefx.trace`.
+        inputs: example inputs of a model; synthesised for diffusers denoisers.
+    """
+    return analyse(_graph(model_or_graph, inputs)).sites
+
+
+def misses(model_or_graph: nn.Module | Graph, inputs: Inputs = None) -> list[Miss]:
+    """Return what is almost a site, each with the first condition that failed."""
+    return analyse(_graph(model_or_graph, inputs)).misses
+
+
+def plan(
+    model: nn.Module,
+    inputs: Inputs = None,
+    *,
+    recipe: str = "sparse-upcycling",
+    passes: Passes = None,
+    only: Patterns = None,
+    skip: Patterns = None,
+    seed: int = 0,
+    **options: Any,
+) -> Plan:
+    """Say what :func:`transform` would do, without editing anything or reading a weight; works on ``meta``.
+
+    Arguments and errors are those of :func:`transform`.
+    """
+    rules = _rules(recipe, passes, options)
+    check_model(model, rules)
+    name = None if passes is not None else get_recipe(recipe).name
+    _, made = plan_model(model, inputs, rules, recipe=name, only=only, skip=skip, seed=_seed(seed), clock=Clock())
+    return made
+
+
+def transform(
+    model: Model,
+    inputs: Inputs = None,
+    *,
+    recipe: str = "sparse-upcycling",
+    passes: Passes = None,
+    only: Patterns = None,
+    skip: Patterns = None,
+    verify: bool = True,
+    seed: int = 0,
+    **options: Any,
+) -> Model:
+    """Rewrite a dense model into a routed one, in place, and return it.
+
+    The object stays the user's own: class, signature, configuration and the names of untouched parameters are kept;
+    ``model.moefx.report`` is the receipt. Either everything is applied or nothing.
+
+    Args:
+        model: the dense model.
+        inputs: example inputs: a dict of keyword arguments, a tuple of positional ones, or ``(tuple, dict)``. Synthesised
+            for diffusers denoisers and for models with a registered input maker.
+        recipe: a name from ``moefx.recipes()``.
+        passes: pass names or pass objects to use instead of a recipe.
+        only: site kinds, names or globs to rewrite; all by default.
+        skip: site kinds, names or globs to leave dense.
+        verify: check each site and the whole model against the dense original.
+        seed: of everything random; the same seed gives the same model.
+        options: options of the recipe's passes, such as ``experts=8`` or ``top_k=2``.
+
+    Raises:
+        InputError: the model or its inputs are unusable.
+        CaptureError: the model cannot be traced faithfully.
+        OptionError: an option or recipe is unknown or impossible.
+        NothingMatched: nothing would be rewritten.
+        PlanError: the model was transformed by the same pass before.
+        VerifyError: a contract does not hold; the model is as it was.
+    """
+    rules = _rules(recipe, passes, options)
+    name = None if passes is not None else get_recipe(recipe).name
+    transform_model(model, inputs, rules, recipe=name, only=only, skip=skip, seed=_seed(seed), verify=verify)
+    return model
+
+
+def untransform(model: Model) -> Model:
+    """Put a transformed model back, to the bit as it was before :func:`transform`; training since then is lost.
+
+    Raises:
+        PlanError: it was not transformed, or loaded from a folder that holds no dense weights.
+    """
+    untransform_model(model)
+    return model
+
+
+def _graph(model_or_graph: nn.Module | Graph, inputs: Inputs) -> Graph:
+    return model_or_graph if isinstance(model_or_graph, Graph) else trace(model_or_graph, inputs)
+
+
+def _rules(recipe: str, passes: Passes, options: dict[str, Any]) -> list[Pass]:
+    if passes is None:
+        if not isinstance(recipe, str):
+            raise OptionError("choose a recipe", found=f"{type(recipe).__name__}", do="pass its name")
+        return build_passes(get_recipe(recipe).passes, options)
+    if isinstance(passes, str) or not passes:
+        raise OptionError("choose passes", found=repr(passes), do="pass a non-empty list of names or Pass objects")
+    named: dict[str, dict[str, Any]] = {}
+    for item in passes:
+        if isinstance(item, str):
+            named[get_pass(item).name] = {}
+        elif not isinstance(item, Pass):
+            raise OptionError("choose passes", found=f"{type(item).__name__}", do="pass names or Pass objects")
+    return [*build_passes(named, options), *(p for p in passes if isinstance(p, Pass))]
+
+
+def _seed(seed: int) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise InputError("seed a transform", found=f"{seed!r}", do="pass an integer")
+    return seed

@@ -1,0 +1,151 @@
+"""From a local graph to a forward method: ordinary Python source with the original signature.
+
+What the capture fixed (``None`` arguments, flags, guarded values) is checked by the method itself, so that it raises
+instead of computing something else.
+"""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph as FxGraph
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from moefx.errors import CaptureError, GuardError
+from moefx.graph import Graph
+
+Forward = Callable[..., Any]
+_compiled: dict[Any, Forward] = {}
+_EMPTY_KINDS: dict[Any, Any] = {inspect.Parameter.VAR_POSITIONAL: (), inspect.Parameter.VAR_KEYWORD: {}}
+
+
+def expect(value: Any, captured: Any, name: str) -> None:
+    """Raise :class:`GuardError` unless ``value`` is what the capture saw."""
+    if value is captured or (type(value) is type(captured) and value == captured):
+        return
+    raise GuardError(
+        f"call a rewritten module with {name} = {type(value).__name__}",
+        found=f"it was captured with {name} = {captured!r}",
+        do="transform the model again with example inputs that pass this argument",
+    )
+
+
+def expect_tensor(value: Any, ndim: int, name: str) -> None:
+    """Raise :class:`GuardError` unless ``value`` is a tensor with as many dimensions as captured."""
+    if isinstance(value, torch.Tensor) and value.ndim == ndim:
+        return
+    raise GuardError(
+        f"call a rewritten module with {name} of another kind",
+        found=f"it was captured as a tensor of {ndim} dimensions",
+        do="transform the model again with example inputs like these",
+    )
+
+
+def make_forward(graph: Graph) -> Forward:
+    """Return a forward method for the module ``graph`` was captured from.
+
+    Raises:
+        CaptureError: the graph holds something that plain Python source cannot express.
+    """
+    _check_expressible(graph)
+    fx = _with_signature(graph)
+    code = fx.python_code(root_module="self")
+    key = (code.src, tuple(sorted((name, id(value)) for name, value in code.globals.items())))
+    if key not in _compiled:
+        filename = f"<moefx forward {len(_compiled)} of {type(graph.root).__name__}>"
+        linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
+        scope = dict(code.globals)
+        exec(compile(code.src, filename, "exec"), scope)
+        _compiled[key] = scope["forward"]
+    return _compiled[key]
+
+
+def _check_expressible(graph: Graph) -> None:
+    owner = type(graph.root).__name__
+    for node in graph.fx.nodes:
+        if "context" in node.meta:
+            found = f"an autocast or no_grad block around {node.name} at {node.meta['moefx'].source}"
+            raise CaptureError(f"rewrite {owner}", found=found, do="skip this site")
+    for name in graph.constants:
+        raise CaptureError(
+            f"rewrite {owner}", found=f"a tensor outside parameters and buffers: {name}", do="skip this site"
+        )
+    for note in graph.notes:
+        raise CaptureError(f"rewrite {owner}", found=note, do="skip this site")
+
+
+def _with_signature(graph: Graph) -> FxGraph:
+    """Copy the graph under the original signature, with checks of everything the capture fixed."""
+    spec = graph.call_spec
+    assert spec is not None
+    new, env = FxGraph(), {}
+    bound = pytree.tree_unflatten(_leaves(graph), spec.spec)
+    parameters = list(spec.signature.parameters.values())
+    holders = {p.name: _placeholder(new, p) for p in parameters}
+    for parameter in parameters:
+        _unpack(new, env, holders[parameter.name], bound.get(parameter.name), parameter.name)
+    guards = {guard.node: guard for guard in graph.guards}
+    for node in graph.fx.nodes:
+        if node.op == "placeholder":
+            copied = env[node]
+        elif node.op == "output":
+            new.output(_output(graph, [n if not isinstance(n, Node) else env[n] for n in node.args[0]]))
+            continue
+        else:
+            copied = env[node] = new.node_copy(node, lambda n: env[n])
+        if node in guards:
+            new.call_function(expect, (copied, guards[node].expected, guards[node].describe()))
+    new.lint()
+    return new
+
+
+def _leaves(graph: Graph) -> list[Any]:
+    assert graph.call_spec is not None
+    placeholders = iter([n for n in graph.fx.nodes if n.op == "placeholder"])
+    return [next(placeholders) if static is None else static[1] for static in graph.call_spec.static]
+
+
+def _placeholder(fx: FxGraph, parameter: inspect.Parameter) -> Node:
+    stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+    if stars or parameter.default is parameter.empty:
+        return fx.placeholder(stars + parameter.name)
+    return fx.placeholder(parameter.name, default_value=parameter.default)
+
+
+def _unpack(fx: FxGraph, env: dict[Node, Node], holder: Node, captured: Any, name: str) -> None:
+    """Emit reads of the tensors inside one argument, and checks of the rest."""
+    if isinstance(captured, Node):
+        env[captured] = holder
+        fx.call_function(expect_tensor, (holder, captured.meta["val"].ndim, name))
+    elif isinstance(captured, dict | list | tuple) and any(isinstance(v, Node) for v in pytree.tree_leaves(captured)):
+        items = captured.items() if isinstance(captured, dict) else enumerate(captured)
+        for key, item in items:
+            _unpack(fx, env, fx.call_function(_item, (holder, key)), item, f"{name}[{key!r}]")
+    else:
+        fx.call_function(expect, (holder, captured, name))
+
+
+def _item(holder: Any, key: Any) -> Any:
+    return holder[key]
+
+
+def _output(graph: Graph, leaves: list[Any]) -> Any:
+    tree = pytree.tree_unflatten(leaves, graph.out_spec) if graph.out_spec is not None else leaves[0]
+    if isinstance(tree, Node | list | tuple | dict) and (type(tree) in (Node, list, tuple, dict)):
+        return tree
+    raise CaptureError(
+        f"rewrite {type(graph.root).__name__}",
+        found=f"its forward returns a {type(tree).__name__}",
+        do="skip this site",
+    )
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Tell whether an instance-level forward (a hook's) hides the class's one."""
+    return "forward" in module.__dict__

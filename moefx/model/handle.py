@@ -1,0 +1,78 @@
+"""``model.moefx``: what a transformed model gained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from moefx.graph import Graph, trace
+from moefx.graph.signature import Inputs
+from moefx.model.install import Undo
+from moefx.model.plan import Plan
+from moefx.model.report import Report
+from moefx.routing.record import RoutingRecord
+from moefx.training import aux_loss, routing_records
+
+ATTRIBUTE = "moefx"
+
+
+@dataclass
+class Applied:
+    """One transform: its report, and how to undo it."""
+
+    report: Report
+    undos: list[Undo]
+    model_class: type[nn.Module]
+
+
+class Handle:
+    """The namespace ``model.moefx``.
+
+    The dense modules it keeps for :func:`moefx.untransform` are not part of the model's state.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.applied: list[Applied] = []
+
+    @property
+    def report(self) -> Report:
+        """The receipt of the last transform; ``print`` it."""
+        return self.applied[-1].report
+
+    @property
+    def plans(self) -> list[Plan]:
+        """The plans that made the model what it is, in order."""
+        return [applied.report.plan for applied in self.applied]
+
+    @property
+    def routing(self) -> dict[str, RoutingRecord]:
+        """Routing statistics of the last forward (load, probabilities, entropy), by module name."""
+        return dict(routing_records(self._model))
+
+    def aux_loss(self, coefficient: float = 0.01, **options: Any) -> torch.Tensor:
+        """Return :func:`moefx.aux_loss` of this model."""
+        return aux_loss(self._model, coefficient, **options)
+
+    def graph(self, inputs: Inputs = None) -> Graph:
+        """Trace the model as it is now; routed modules are leaves."""
+        return trace(self._model, inputs)
+
+    def __repr__(self) -> str:
+        names = [p.recipe or "+".join(r.name for r in p.passes) for p in self.plans]
+        return f"<moefx: {', '.join(names)}>"
+
+
+def handle_of(model: nn.Module) -> Handle | None:
+    """Return ``model.moefx`` of a transformed model, or None."""
+    found = model.__dict__.get(ATTRIBUTE)
+    return found if isinstance(found, Handle) else None
+
+
+def applied_passes(model: nn.Module) -> set[str]:
+    """Return the names of the passes that were applied to ``model``."""
+    handle = handle_of(model)
+    return {p.name for plan in handle.plans for p in plan.passes} if handle else set()

@@ -1,0 +1,116 @@
+"""One module of the model, captured by itself: with what inputs it is called, and its graph with children as leaves.
+
+Both the plan of a fresh transform and the plan of a saved model work on such local graphs, so loading never needs the
+whole model's example inputs.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Node
+
+from moefx.errors import CaptureError, PlanError
+from moefx.graph import Graph, ModuleCall, trace
+
+JSON = dict[str, Any]
+
+
+def encode(value: Any) -> Any:
+    """Describe the inputs of a call as JSON: tensors by shape and dtype, everything else by value.
+
+    Raises:
+        PlanError: a value has no JSON form.
+    """
+    if isinstance(value, Node):
+        return encode(value.meta["val"])
+    if isinstance(value, torch.Tensor):
+        return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, torch.dtype):
+        return {"torch.dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"torch.device": True}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return {"list" if isinstance(value, list) else "tuple": [encode(item) for item in value]}
+    if isinstance(value, dict):
+        return {"dict": {str(key): encode(item) for key, item in value.items()}}
+    raise PlanError(
+        "write a plan", found=f"a call with an argument of type {type(value).__name__}", do="skip this site"
+    )
+
+
+def decode(value: Any, mode: FakeTensorMode, device: torch.device) -> Any:
+    """Rebuild what :func:`encode` described, with fake tensors of ``mode`` on ``device``."""
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        with mode:
+            return torch.empty(value["tensor"], dtype=getattr(torch, value["dtype"]), device=device)
+    if "torch.dtype" in value:
+        return getattr(torch, value["torch.dtype"])
+    if "torch.device" in value:
+        return device
+    if "dict" in value:
+        return {key: decode(item, mode, device) for key, item in value["dict"].items()}
+    kind, items = ("list", value["list"]) if "list" in value else ("tuple", value["tuple"])
+    decoded = [decode(item, mode, device) for item in items]
+    return decoded if kind == "list" else tuple(decoded)
+
+
+def call_inputs(call: ModuleCall) -> JSON:
+    """Return the inputs of a module invocation as JSON."""
+    return {"args": [encode(a) for a in call.args], "kwargs": {k: encode(v) for k, v in call.kwargs.items()}}
+
+
+def local_graph(module: nn.Module, inputs: JSON, leaf: Literal["nn", "children"]) -> Graph:
+    """Capture ``module`` alone, called with ``inputs``; equal in train and in eval mode.
+
+    Raises:
+        CaptureError: the module cannot be captured alone, or behaves otherwise in training.
+    """
+    graph = _capture(module, inputs, leaf)
+    was = module.training
+    try:
+        _set_mode(module, not was)
+        other = _capture(module, inputs, leaf)
+    finally:
+        _set_mode(module, was)
+    difference = _difference(graph, other)
+    if difference:
+        raise CaptureError(
+            f"capture {type(module).__name__} alone",
+            found=f"its forward differs between train and eval mode: {difference}",
+            do="skip this site, or move the dropout into an nn.Dropout module",
+        )
+    return graph
+
+
+def _capture(module: nn.Module, inputs: JSON, leaf: Literal["nn", "children"]) -> Graph:
+    tensors = [*module.parameters(), *module.buffers()]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    rebuild = functools.partial(decode, mode=mode, device=device)
+    args = tuple(rebuild(a) for a in inputs["args"])
+    return trace(module, (args, {k: rebuild(v) for k, v in inputs["kwargs"].items()}), leaf=leaf)
+
+
+def _set_mode(module: nn.Module, training: bool) -> None:
+    # Only the root's own flag: its children are leaves and keep their modes.
+    module.training = training
+
+
+def _difference(one: Graph, two: Graph) -> str:
+    for a, b in zip(one.fx.nodes, two.fx.nodes, strict=False):
+        if _spelling(a) != _spelling(b):
+            return f"{a.format_node()} against {b.format_node()}"
+    return "" if len(one.fx.nodes) == len(two.fx.nodes) else "another number of operations"
+
+
+def _spelling(node: Node) -> tuple[str, str, str, str]:
+    return node.op, str(node.target), str(node.args), str(node.kwargs)

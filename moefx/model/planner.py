@@ -1,0 +1,236 @@
+"""Making a plan: which sites, realised where, at what cost. Reads no weights and changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from moefx.errors import CaptureError, MoefxError, NothingMatched, PlanError
+from moefx.graph import Graph, ModuleCall
+from moefx.graph.origin import show_source
+from moefx.model.local import call_inputs, encode, local_graph
+from moefx.model.plan import Cost, PassPlan, Plan, SitePlan, SkippedSite, TapPlan
+from moefx.model.select import Patterns, check_patterns, patterns, selected
+from moefx.model.taps import choose_tap
+from moefx.passes.analysis import Facts, analyse
+from moefx.passes.analysis.site import Site
+from moefx.passes.rewrite.base import Pass
+
+
+class Skip(Exception):  # noqa: N818 - a reason, not an error
+    """A site that stays dense, and why."""
+
+
+def make_plan(
+    graph: Graph, rules: Sequence[Pass], *, recipe: str | None, only: Patterns, skip: Patterns, seed: int
+) -> Plan:
+    """Plan ``rules`` for the model that ``graph`` was traced from.
+
+    Raises:
+        NothingMatched: no site is left to rewrite, or a pattern matches none.
+    """
+    facts = analyse(graph)
+    wanted, unwanted = patterns(only, "only"), patterns(skip, "skip")
+    check_patterns(wanted, facts.sites, "only")
+    check_patterns(unwanted, facts.sites, "skip")
+    planned: list[SitePlan] = []
+    skipped: list[SkippedSite] = []
+    for rule in rules:
+        made, left = _plan_rule(graph, facts, rule, wanted, unwanted)
+        planned += made
+        skipped += left
+    if not planned:
+        raise NothingMatched(_asked(graph, rules), found=_what_was_found(facts, skipped), do=_what_to_do(facts))
+    kinds = {rule.site_kind for rule in rules}
+    skipped += [_near_miss(m) for m in facts.misses if m.kind in kinds]
+    return Plan(
+        model=type(graph.root).__name__,
+        recipe=recipe,
+        seed=seed,
+        passes=tuple(PassPlan(name=r.name, options=r.options.model_dump()) for r in rules),
+        sites=tuple(planned),
+        skipped=tuple(skipped),
+        warnings=tuple(w for rule in rules for w in rule.warnings()),
+        cost=_cost(graph, facts, planned),
+    )
+
+
+def _plan_rule(
+    graph: Graph, facts: Facts, rule: Pass, only: Sequence[str], skip: Sequence[str]
+) -> tuple[list[SitePlan], list[SkippedSite]]:
+    """Plan one pass: the sites it takes, and those it leaves with the reason."""
+    taken: list[SitePlan] = []
+    left: list[SkippedSite] = []
+    every = int(getattr(rule.options, "every", 1))
+    done: dict[str, SitePlan] = {}
+    count = 0
+    for site in facts.sites:
+        if site.kind != rule.site_kind:
+            continue
+        try:
+            if not selected(site, only, skip):
+                raise Skip("not selected")
+            if site.region_is_module and site.path in done:
+                continue
+            refusal = rule.refusal(site)
+            if refusal:
+                raise Skip(refusal)
+            count += 1
+            if (count - 1) % every:
+                raise Skip(f"only every {every}. site is rewritten")
+            plan = done[site.path] = _plan_site(graph, facts, rule, site)
+            taken.append(plan)
+        except Skip as reason:
+            left.append(_skipped(site, rule, str(reason)))
+        except (CaptureError, PlanError) as error:
+            left.append(_skipped(site, rule, error.found))
+    return taken, left
+
+
+def _skipped(site: Site, rule: Pass, reason: str) -> SkippedSite:
+    source = str(site.output.meta["moefx"].source)
+    return SkippedSite(name=site.name, kind=site.kind, rule=rule.name, reason=reason, source=source)
+
+
+def _near_miss(miss: Any) -> SkippedSite:
+    name = f"{miss.module_path}:{miss.node.name}" if miss.module_path else miss.node.name
+    return SkippedSite(name=name, kind=miss.kind, rule="", reason=miss.reason, source=miss.source_line)
+
+
+def _plan_site(graph: Graph, facts: Facts, rule: Pass, site: Site) -> SitePlan:
+    """Decide where a site is realised: its module, else the smallest module around it and its taps."""
+    call = _call(graph, site)
+    as_module = site.region_is_module and site.kind == "ffn"
+    simple = as_module and not rule.taps and _single_input(call) is site.operands["x"]
+    costs = rule.costs(site)
+    common: dict[str, Any] = {
+        "name": site.name,
+        "kind": site.kind,
+        "flavour": site.flavour,
+        "role": site.role,
+        "rule": rule.name,
+        "weights": tuple(sorted(w.fqn for w in site.weights().values())),
+        "calls": sum(s.path == site.path and s.kind == site.kind for s in facts.sites),
+        "parameters_before": costs.parameters_before,
+        "parameters_after": costs.parameters_after,
+        "active_before": costs.active_before,
+        "active_after": costs.active_after,
+    }
+    if as_module:
+        assert call is not None
+        common |= {"module": site.path, "module_inputs": _ffn_inputs(site)}
+        if simple:
+            return SitePlan(tier="module", **common)
+        return SitePlan(tier="block", **common, **_plan_block(graph, facts, rule, site, _parent(site.path)))
+    return SitePlan(tier="block", module=None, **common, **_plan_block(graph, facts, rule, site, site.path))
+
+
+def _call(graph: Graph, site: Site) -> ModuleCall | None:
+    return next((c for c in graph.calls if c.path == site.path and c.index == site.call_index), None)
+
+
+def _ffn_inputs(site: Site) -> dict[str, Any]:
+    return {"args": [encode(site.operands["x"])], "kwargs": {}}
+
+
+def _single_input(call: ModuleCall | None) -> Node | None:
+    """Return the one tensor a module is called with, if it is called with nothing else."""
+    if call is None or len(call.args) != 1 or not isinstance(call.args[0], Node):
+        return None
+    others = pytree.tree_leaves(call.kwargs)
+    return call.args[0] if all(value is None for value in others) else None
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def _plan_block(graph: Graph, facts: Facts, rule: Pass, site: Site, path: str) -> dict[str, Any]:
+    """Find the smallest module from ``path`` upwards whose own forward can be rewritten and that sees the taps."""
+    while True:
+        module = graph.root.get_submodule(path)
+        calls = [c for c in graph.calls if c.path == path]
+        if path and not calls or isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict):
+            path = _parent(path)
+            continue
+        if len(calls) > 1:
+            raise Skip(f"{path!r} is called {len(calls)} times in one forward")
+        inputs = call_inputs(calls[0]) if path else _root_inputs(graph)
+        taps = _block_taps(graph, facts, rule, site, path, calls, inputs)
+        if taps is not None:
+            return {"block": path, "block_inputs": inputs, "taps": taps}
+        if not path:
+            raise Skip(f"no module sees both the site and {', '.join(rule.taps)}")
+        path = _parent(path)
+
+
+def _root_inputs(graph: Graph) -> dict[str, Any]:
+    assert graph.call_spec is not None
+    args, kwargs = graph.call_spec.rebuild(graph.call_spec.examples)
+    return {"args": [encode(a) for a in args], "kwargs": {k: encode(v) for k, v in kwargs.items()}}
+
+
+def _block_taps(
+    graph: Graph, facts: Facts, rule: Pass, site: Site, path: str, calls: list[ModuleCall], inputs: dict[str, Any]
+) -> tuple[TapPlan, ...] | None:
+    """Capture the block and look for every tap in it; None when one is out of sight."""
+    local = local_graph(graph.root.get_submodule(path), inputs, "children")
+    taps = []
+    for name in rule.taps:
+        node = choose_tap(name, facts, calls[0] if calls else None, local)
+        if node is None:
+            return None
+        value = node.meta["val"]
+        taps.append(TapPlan(name=name, node=node.name, rank=value.ndim, width=value.shape[-1] if value.ndim > 1 else 1))
+    return tuple(taps)
+
+
+def _cost(graph: Graph, facts: Facts, planned: list[SitePlan]) -> Cost:
+    parameters = {id(p): p for p in graph.root.parameters()}.values()
+    before = sum(p.numel() for p in parameters)
+    size = sum(p.numel() * p.element_size() for p in parameters)
+    width = max((p.element_size() for p in parameters), default=4)
+    grown = sum(s.parameters_after - s.parameters_before for s in planned)
+    flops = int(facts.costs.flops)
+    tokens = {s.name: _tokens(facts, s.name) for s in planned}
+    extra = sum(2 * (s.active_after - s.active_before) * tokens[s.name] * s.calls for s in planned)
+    return Cost(
+        parameters_before=before,
+        parameters_after=before + grown,
+        bytes_before=size,
+        bytes_after=size + grown * width,
+        flops_before=flops,
+        flops_after=max(1, flops + extra),
+    )
+
+
+def _tokens(facts: Facts, name: str) -> int:
+    site = next(s for s in facts.sites if s.name == name)
+    value = site.operands["x"].meta["val"] if "x" in site.operands else site.output.meta["val"]
+    assert isinstance(value, torch.Tensor)
+    return value.numel() // value.shape[int(site.shapes.get("axis", -1))]
+
+
+def _asked(graph: Graph, rules: Sequence[Pass]) -> str:
+    return f"rewrite {type(graph.root).__name__} with {', '.join(r.name for r in rules)}"
+
+
+def _what_was_found(facts: Facts, skipped: Sequence[SkippedSite]) -> str:
+    lines = [f"{s.name}: {s.reason} ({show_source(s.source)})" for s in skipped[:5]]
+    lines += [str(miss) for miss in facts.misses[: 5 - len(lines)]]
+    head = f"no site to rewrite among {len(facts.sites)} sites and {len(facts.misses)} near misses"
+    return "\n    ".join([head, *lines])
+
+
+def _what_to_do(facts: Facts) -> str:
+    if facts.sites:
+        return "see moefx.sites(model, inputs) for what there is, and change only=, skip= or the options"
+    return "moefx finds projections with a nonlinearity between them that are added to a residual stream; this model has none"
+
+
+__all__ = ["MoefxError", "make_plan"]

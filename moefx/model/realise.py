@@ -1,0 +1,203 @@
+"""From a plan to changes of the user's model: each site at the smallest module that holds it and its taps.
+
+Nothing here mutates the model: modules are captured alone, replacements are built beside it, and the changes are returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from moefx.errors import PlanError
+from moefx.graph import Graph
+from moefx.graph.splice import Splice
+from moefx.graph.verify import verify_graph
+from moefx.model.forward import has_own_forward, make_forward
+from moefx.model.install import Change
+from moefx.model.local import JSON, local_graph
+from moefx.model.plan import Plan, SitePlan
+from moefx.passes.analysis.local import local_sites
+from moefx.passes.analysis.site import Site
+from moefx.passes.rewrite.base import Context, Edit, Pass, get_pass
+
+
+@dataclass(frozen=True)
+class Realised:
+    """One site with what replaces it: ``dense`` and ``routed`` map the same inputs, for the proof."""
+
+    plan: SitePlan
+    rule: Pass
+    dense: Graph | None
+    site: Site
+    routed: nn.Module
+
+
+def build_pass(plan: Plan, name: str) -> Pass:
+    """Return the pass ``name`` with the options it has in ``plan``."""
+    options = next(p.options for p in plan.passes if p.name == name)
+    return get_pass(name)(**options)
+
+
+def realise(model: nn.Module, plan: Plan) -> tuple[list[Change], list[Realised]]:
+    """Build everything that ``plan`` asks for.
+
+    Raises:
+        PlanError: the model is not the one that was planned.
+        CaptureError: a block cannot be rewritten faithfully.
+    """
+    changes: list[Change] = []
+    built: list[Realised] = []
+    rules = {p.name: build_pass(plan, p.name) for p in plan.passes}
+    for site in plan.sites:
+        if site.tier == "module":
+            change, made = _replace_module(model, site, rules[site.rule], plan.seed)
+            changes.append(change)
+            built.append(made)
+    blocks = sorted((s for s in plan.sites if s.tier == "block"), key=lambda s: s.block or "")
+    for path, group in groupby(blocks, key=lambda s: s.block or ""):
+        change, mades = _rewrite_block(model, path, list(group), rules, plan.seed)
+        changes.append(change)
+        built += mades
+    return changes, built
+
+
+def find_module(model: nn.Module, path: str) -> nn.Module:
+    """Return the submodule at ``path``.
+
+    Raises:
+        PlanError: there is none, or a hook hides its forward.
+    """
+    try:
+        module = model.get_submodule(path)
+    except AttributeError as error:
+        raise PlanError(
+            f"apply a plan to {type(model).__name__}", found=f"no module {path!r}", do="use the model that was planned"
+        ) from error
+    if has_own_forward(module):
+        raise PlanError(
+            f"rewrite {path!r}",
+            found="an instance-level forward (a hook of accelerate or diffusers) hides the one of its class",
+            do="remove the hooks, transform, and add them again",
+        )
+    return module
+
+
+def capture_module(model: nn.Module, path: str, inputs: JSON | None) -> tuple[Graph, Site]:
+    """Capture an FFN module alone and return its graph with its one site."""
+    assert inputs is not None
+    graph = local_graph(find_module(model, path), inputs, "nn")
+    found = [s for s in local_sites(graph) if s.kind == "ffn"]
+    if len(found) != 1:
+        raise PlanError(
+            f"rewrite {path!r}", found=f"{len(found)} feed-forward sites in the module alone", do="plan the model again"
+        )
+    return graph, found[0]
+
+
+def _replace_module(model: nn.Module, plan: SitePlan, rule: Pass, seed: int) -> tuple[Change, Realised]:
+    assert plan.module is not None
+    graph, site = capture_module(model, plan.module, plan.module_inputs)
+    edit = rule.edit(Context(graph=graph, site=site, name=plan.name, taps={}, seed=seed, whole=True))
+    parent, _, name = plan.module.rpartition(".")
+    return Change(parent, {name: edit.routed}), Realised(plan, rule, graph, site, edit.routed)
+
+
+def _rewrite_block(
+    model: nn.Module, path: str, plans: list[SitePlan], rules: dict[str, Pass], seed: int
+) -> tuple[Change, list[Realised]]:
+    """Rewrite one module's own forward on behalf of all sites that live in it."""
+    module = find_module(model, path)
+    inputs = plans[0].block_inputs
+    assert inputs is not None
+    graph = local_graph(module, inputs, "children")
+    before = {str(n.target) for n in graph.fx.nodes if n.op == "call_module"}
+    children: dict[str, nn.Module | None] = {}
+    made: list[Realised] = []
+    for plan in plans:
+        rule = rules[plan.rule]
+        taps = {tap.name: _node(graph, tap.node, path) for tap in plan.taps}
+        if plan.module is not None:
+            realised, edit = _tapped_child(model, graph, plan, rule, taps, seed)
+        else:
+            realised, edit = _inline_site(graph, path, plan, rule, taps, seed)
+        children |= edit.children
+        made.append(realised)
+    after = {str(n.target) for n in graph.fx.nodes if n.op == "call_module"}
+    children |= dict.fromkeys(t for t in before - after if "." not in t)
+    with _children(module, children):
+        verify_graph(graph, f"rewriting {path!r}")
+    return Change(path, children, make_forward(graph)), made
+
+
+def _tapped_child(
+    model: nn.Module, graph: Graph, plan: SitePlan, rule: Pass, taps: dict[str, Node], seed: int
+) -> tuple[Realised, Edit]:
+    """Replace a child module, and give its calls the taps as further arguments."""
+    assert plan.module is not None
+    dense, site = capture_module(model, plan.module, plan.module_inputs)
+    edit = rule.edit(Context(graph=dense, site=site, name=plan.name, taps=taps, seed=seed, whole=True))
+    child = plan.module.removeprefix(f"{plan.block}.") if plan.block else plan.module
+    splice = Splice(graph, rule.name)
+    for call in [n for n in graph.fx.nodes if n.op == "call_module" and n.target == child]:
+        around = _after_all(graph, [call, *taps.values()])
+        new = splice.call_module(child, (call.args[0], *taps.values()), around=around, val=call.meta["val"])
+        splice.replace(call, new)
+    return Realised(plan, rule, dense, site, edit.routed), Edit(routed=edit.routed, children={child: edit.routed})
+
+
+def _after_all(graph: Graph, nodes: list[Node]) -> Node:
+    """Return the first node before which all of ``nodes`` are computed."""
+    order = {node: i for i, node in enumerate(graph.fx.nodes)}
+    return max(nodes, key=order.__getitem__).next
+
+
+def _inline_site(
+    graph: Graph, path: str, plan: SitePlan, rule: Pass, taps: dict[str, Node], seed: int
+) -> tuple[Realised, Edit]:
+    """Let the rule rewrite a site that is written in the block's own forward."""
+    prefix = f"{path}." if path else ""
+    for site in local_sites(graph):
+        names = tuple(sorted(prefix + w.fqn for w in site.weights().values()))
+        if site.kind == plan.kind and names == plan.weights:
+            edit = rule.edit(Context(graph=graph, site=site, name=plan.name, taps=taps, seed=seed, whole=False))
+            return Realised(plan, rule, None, site, edit.routed), edit
+    raise PlanError(f"rewrite {plan.name}", found=f"the site is not visible in {path!r} alone", do="skip this site")
+
+
+def _node(graph: Graph, name: str, path: str) -> Node:
+    for node in graph.fx.nodes:
+        if node.name == name:
+            return node
+    raise PlanError(f"wire a tap in {path!r}", found=f"no value {name!r}", do="plan the model again")
+
+
+class _children:  # noqa: N801 - a context manager used like a function
+    """Let ``module`` have its future children while the rewritten graph is checked."""
+
+    def __init__(self, module: nn.Module, children: dict[str, nn.Module | None]) -> None:
+        self.module, self.new = module, children
+
+    def __enter__(self) -> None:
+        self.old = dict(self.module._modules)
+        for name, child in self.new.items():
+            if child is not None:
+                self.module._modules[name] = child
+
+    def __exit__(self, *exc: object) -> None:
+        self.module._modules.clear()
+        self.module._modules.update(self.old)
+
+
+def replaced_parameters(model: nn.Module, changes: list[Change]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the parameters that leave the model."""
+    for change in changes:
+        module = model.get_submodule(change.path)
+        for name in change.children:
+            if name in module._modules:
+                for sub, parameter in module.get_submodule(name).named_parameters():
+                    yield f"{change.path}.{name}.{sub}".removeprefix("."), parameter

@@ -1,0 +1,126 @@
+"""The proof of a transform: each site against its dense original, and the whole model against what it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from moefx.errors import VerifyError
+from moefx.graph import Graph
+from moefx.model.realise import Realised
+from moefx.model.report import SiteCheck
+
+# Rounding only: what reordering sums costs in each dtype, relative to the output.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+_TOKENS = 32
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Return ``|found - wanted| / |wanted|`` in float64."""
+    wide, base = found.detach().double(), wanted.detach().double()
+    return float((wide - base).norm() / base.norm().clamp_min(1e-30))
+
+
+def check_sites(built: Sequence[Realised], seed: int) -> list[SiteCheck]:
+    """Compare every replaced module with the dense one on random tokens.
+
+    Raises:
+        VerifyError: a site is further from its dense original than its contract allows.
+    """
+    checks = []
+    for made in built:
+        if made.dense is None:
+            continue
+        checks.append(_check_site(made, seed))
+    return checks
+
+
+def _check_site(made: Realised, seed: int) -> SiteCheck:
+    assert made.dense is not None
+    contract = made.rule.contract()
+    x = _tokens(made, seed)
+    taps = _tap_values(made, x, seed)
+    modes = made.routed.training, made.dense.root.training
+    routed, dense = made.routed.eval(), made.dense.root
+    _set_training(dense, False)
+    try:
+        with torch.no_grad():
+            wanted, found = dense(x), routed(x, *taps)
+    finally:
+        routed.train(modes[0])
+        _set_training(dense, modes[1])
+    error = relative_error(found, wanted)
+    bound = TOLERANCE[x.dtype] if contract.kind == "exact" else contract.bound
+    check = SiteCheck(name=made.plan.name, contract=contract.kind, error=error, bound=bound, dtype=str(x.dtype)[6:])
+    if not error <= bound:
+        raise VerifyError(
+            f"apply {made.plan.rule} to {made.plan.name}",
+            found=f"relative error {error:.3g} against the dense site, its contract ({contract.kind}) allows {bound:.1g}"
+            + (": the weights hold NaN or infinity" if error != error else ""),
+            do="raise max_error if this start is wanted" if contract.kind != "exact" else "report this as a bug",
+        )
+    return check
+
+
+def _set_training(module: nn.Module, training: bool) -> None:
+    module.train(training)
+
+
+def _tokens(made: Realised, seed: int) -> torch.Tensor:
+    assert made.dense is not None
+    parameter = next(p for p in made.dense.root.parameters() if p.is_floating_point())
+    axis = int(made.site.shapes["axis"])
+    shape = list(made.site.shapes["x"])
+    if axis == len(shape) - 1:
+        shape = [2, _TOKENS // 2, shape[-1]] if len(shape) > 2 else [_TOKENS, shape[-1]]
+    draws = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=draws).to(parameter)
+
+
+def _tap_values(made: Realised, x: torch.Tensor, seed: int) -> list[torch.Tensor]:
+    draws = torch.Generator().manual_seed(seed + 1)
+    values = []
+    for tap in made.plan.taps:
+        shape = {1: (x.shape[0],), 2: (x.shape[0], tap.width), 3: (x.shape[0], 1, tap.width)}[tap.rank]
+        values.append(torch.rand(shape, generator=draws).to(x))
+    return values
+
+
+def run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """Run the model in eval mode without gradients and return its floating tensors; modes and RNG are restored."""
+    modes = {name: m.training for name, m in model.named_modules()}
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            output = model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+    finally:
+        for name, module in model.named_modules():
+            module.training = modes.get(name, model.training)
+    return [x for x in pytree.tree_leaves(output) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+
+
+def compare_models(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
+    """Return the largest relative error over the outputs."""
+    return max((relative_error(a, b) for a, b in zip(after, before, strict=True)), default=0.0)
+
+
+def check_weights(graph: Graph, names: Sequence[str]) -> None:
+    """Refuse weights that are not finite, before anything is built from them.
+
+    Raises:
+        VerifyError: a weight of a site holds NaN or infinity.
+    """
+    for name in names:
+        weight = graph.parameter(name)
+        if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+            raise VerifyError(
+                f"transform {type(graph.root).__name__}",
+                found=f"NaN or infinity in {name}",
+                do="load sound weights first",
+            )

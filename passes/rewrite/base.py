@@ -1,0 +1,168 @@
+"""What a rewriting pass is: typed options, stated facts, a contract, and an edit of one site.
+
+A pass never touches the user's model. It reads a site of a local graph (one module, captured alone), builds ordinary
+``nn.Module`` replacements from the dense weights, and says where they go; ``moefx.model`` applies that to the model.
+"""
+
+from __future__ import annotations
+
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import nn
+from torch.fx import Node
+
+from moefx.errors import OptionError, nearest
+from moefx.graph import Graph
+from moefx.passes.analysis.site import Kind, Site
+
+
+class Options(BaseModel):
+    """Typed options of a pass: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a rewrite promises of one site: the relative error of its output against the dense one at step 0.
+
+    ``exact`` allows rounding only; ``approximate`` changes the function, is measured, and refused above ``bound``.
+    """
+
+    kind: Literal["exact", "approximate"]
+    bound: float
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """What a pass made of one site: the routed module, and the children that its local graph now calls."""
+
+    routed: nn.Module
+    children: dict[str, nn.Module | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What an edit may read.
+
+    ``graph`` is the local graph and ``site`` the site in it; ``whole`` says that the captured module is the site, so that
+    a replacement module is enough. ``name`` is the site's name in the whole model, ``taps`` the values asked for.
+    """
+
+    graph: Graph
+    site: Site
+    name: str
+    taps: Mapping[str, Node]
+    seed: int
+    whole: bool
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Return a generator that depends on the seed, the site's name and ``purpose`` only."""
+        key = zlib.crc32(f"{self.seed}/{self.name}/{purpose}".encode())
+        return torch.Generator().manual_seed(key)
+
+
+class Pass(ABC):
+    """Base of all rewriting passes.
+
+    Class attributes:
+        name: how it is asked for.
+        summary: one line for listings.
+        site_kind: which sites it rewrites.
+        requires, provides, preserves: facts, from which the order of passes follows.
+        Options: its options model.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    site_kind: ClassVar[Kind]
+    requires: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[str]] = frozenset()
+    preserves: ClassVar[frozenset[str]] = frozenset()
+    Options: ClassVar[type[Options]] = Options
+
+    def __init__(self, **options: Any) -> None:
+        self.options = self._validated(options)
+
+    @classmethod
+    def _validated(cls, options: dict[str, Any]) -> Any:
+        known = cls.Options.model_fields
+        for name in options:
+            if name not in known:
+                raise OptionError(f"use option {name!r} of {cls.name}", found="no such option", do=nearest(name, known))
+        try:
+            return cls.Options(**options)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "options"
+            message = first["msg"].removeprefix("Value error, ")
+            raise OptionError(
+                f"use {where} = {first['input']!r} in {cls.name}", found=message, do=f"see the options of {cls.name}"
+            ) from error
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """Names of the values that this pass needs from elsewhere in the model."""
+        return ()
+
+    @abstractmethod
+    def refusal(self, site: Site) -> str:
+        """Return why this pass cannot rewrite ``site`` (from shapes alone, before weights are read); ``""`` if it can."""
+
+    @abstractmethod
+    def contract(self) -> Contract:
+        """Return what the rewrite promises with these options."""
+
+    @abstractmethod
+    def costs(self, site: Site) -> Costs:
+        """Return what the rewrite does to the parameters and the compute of ``site``."""
+
+    def warnings(self) -> list[str]:
+        """Return what the user should know about these options."""
+        return []
+
+    @abstractmethod
+    def edit(self, context: Context) -> Edit:
+        """Build the replacement of ``context.site``; may change ``context.graph``, never ``context.graph.root``."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Parameters and multiply-adds per token of one site, before and after; active counts what one token uses."""
+
+    parameters_before: int
+    parameters_after: int
+    active_before: int
+    active_after: int
+
+
+_PASSES: dict[str, type[Pass]] = {}
+
+
+def register_pass(cls: type[Pass]) -> type[Pass]:
+    """Make a pass available by its name."""
+    _PASSES[cls.name] = cls
+    return cls
+
+
+def passes() -> dict[str, type[Pass]]:
+    """Return all registered passes by name."""
+    return dict(sorted(_PASSES.items()))
+
+
+def get_pass(name: str) -> type[Pass]:
+    """Return the pass called ``name``.
+
+    Raises:
+        OptionError: there is none; the message names the nearest.
+    """
+    if name not in _PASSES:
+        raise OptionError(f"use pass {name!r}", found="no such pass", do=nearest(name, _PASSES))
+    return _PASSES[name]

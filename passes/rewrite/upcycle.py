@@ -1,0 +1,230 @@
+"""Upcycling: a dense FFN becomes copies of itself behind a router, and computes the same until it is trained.
+
+Sources: Sparse Upcycling (arXiv 2212.05055), granular virtual groups (arXiv 2410.07524, in the form that needs no weight
+scaling), Drop-Upcycling (arXiv 2502.19261, one index set per expert).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import nn
+
+from moefx.passes.analysis.site import Kind, Site
+from moefx.passes.rewrite.base import Context, Contract, Costs, Edit, Options, Pass, register_pass
+from moefx.passes.rewrite.cut import cannot_cut, splice_ffn
+from moefx.passes.rewrite.dense import dense_weights, ffn_counts, ffn_sizes, hidden_function
+from moefx.routing.experts import DenseFFN, Experts
+from moefx.routing.initialise import (
+    add_noise,
+    arrange_shared,
+    granular_copies,
+    normal_rows,
+    partially_reinitialise,
+    untie,
+)
+from moefx.routing.moe import RoutedFFN
+from moefx.routing.normalise import SUM_TO_ONE, default_mode
+from moefx.routing.router import LinearRouter
+
+# The names of conversion tables, kept as aliases of the readable ones.
+MODES = {
+    "N1": "topk_softmax",
+    "N2": "softmax_topk_renorm",
+    "N3": "softmax_topk",
+    "N4": "sigmoid_topk_renorm",
+    "N5": "sigmoid_topk",
+    "N6": "unit",
+    "N8": "soft",
+    "N9": "one_plus_su",
+    "N10": "ste",
+}
+_UNIT = frozenset({"unit", "ste", "one_plus_su"})
+TIMESTEP_WIDTH = 256
+
+
+class UpcycleOptions(Options):
+    """Options of :class:`Upcycle`."""
+
+    experts: int = Field(8, ge=1, description="number of routed experts E")
+    top_k: int = Field(2, ge=1, description="experts per token K")
+    granularity: int = Field(1, ge=1, description="shards G per copy; experts of width F/G in tied groups of G")
+    shared: int = Field(0, ge=0, description="full copies of the dense FFN that every token passes")
+    normalise: str | None = Field(
+        None, description="gate normalisation, N1 … N10 or its name; None: exact and trainable"
+    )
+    router_init: Literal["normal", "zero"] = Field("normal", description="start of the router's rows")
+    router_std: float = Field(0.02, ge=0, description="standard deviation of a normal start")
+    untie: bool = Field(False, description="give each member of a group its own router row, equal at the start")
+    router_input: Literal["token", "timestep+token"] = Field("token", description="what the router reads")
+    noise: float = Field(0.0, ge=0, description="noise on each expert, relative to the std of its matrices")
+    noise_fraction: float = Field(1.0, ge=0, le=1, description="fraction of the neurons that get noise")
+    reinitialise: float = Field(0.0, ge=0, le=1, description="fraction of each expert's neurons drawn anew")
+    independent_sets: bool = Field(False, description="draw those neurons per matrix, as the released code did")
+    scale: float = Field(1.0, gt=0, description="factor on every gate")
+    selection_bias: bool = Field(False, description="keep a bias for selection only (loss-free balancing)")
+    max_error: float = Field(1.0, gt=0, description="refuse a start further from the dense model than this")
+    every: int = Field(1, ge=1, description="rewrite every n-th matching site")
+
+    @field_validator("normalise")
+    @classmethod
+    def _mode(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        name = MODES.get(value, value)
+        if name not in MODES.values():
+            raise ValueError(f"unknown mode, use one of {', '.join([*MODES, *MODES.values()])}")
+        return name
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> UpcycleOptions:
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k = {self.top_k} of only {self.experts} experts")
+        if self.experts % self.granularity or self.top_k % self.granularity:
+            raise ValueError(f"experts and top_k must be multiples of granularity = {self.granularity}")
+        return self
+
+    @property
+    def groups(self) -> int:
+        """N, the number of full copies."""
+        return self.experts // self.granularity
+
+    @property
+    def mode(self) -> str:
+        """The normalisation mode in force."""
+        return self.normalise or default_mode(self.groups, self.top_k // self.granularity)
+
+    @property
+    def identical(self) -> bool:
+        """Whether the experts start as equal copies."""
+        return self.noise == 0 and self.reinitialise == 0
+
+
+@register_pass
+class Upcycle(Pass):
+    """Replace an FFN by routed copies of itself."""
+
+    name = "upcycle"
+    summary = "FFN -> routed copies of itself; exact at the start unless noise or re-initialisation is asked for"
+    site_kind: Kind = "ffn"
+    requires = frozenset({"ffn-sites"})
+    provides = frozenset({"routed-ffns"})
+    preserves = frozenset({"attention-sites", "block-sites"})
+    Options = UpcycleOptions
+    options: UpcycleOptions
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """The timestep, if the router reads it."""
+        return ("timestep",) if self.options.router_input == "timestep+token" else ()
+
+    def refusal(self, site: Site) -> str:
+        """Return why this FFN cannot be upcycled."""
+        if site.dead:
+            return "its result feeds nothing that is returned; experts would waste memory and never learn"
+        if site.flavour == "conv" and any(name.startswith("w_depth") for name in site.operands):
+            return "a depthwise convolution between the projections mixes tokens, so tokens cannot be routed apart"
+        if any(rate > 0 for rate in site.operands.get("dropout", ())):
+            return "an active dropout inside it; set its rate to 0 first"
+        hidden = ffn_sizes(site)[1]
+        if hidden % self.options.granularity:
+            divisors = [g for g in range(1, 33) if hidden % g == 0]
+            return (
+                f"its width {hidden} is not divisible by granularity {self.options.granularity}; possible: {divisors}"
+            )
+        return "" if site.region_is_module else cannot_cut(site)
+
+    def contract(self) -> Contract:
+        """Exact where the algebra says so, else approximate up to ``max_error``."""
+        o = self.options
+        chosen = o.top_k // o.granularity
+        sums_to_one = o.mode in SUM_TO_ONE or (o.mode in _UNIT and chosen == 1)
+        uniform = o.mode == "softmax_topk" and o.router_init == "zero" and math.isclose(o.scale, o.groups / chosen)
+        if o.identical and ((sums_to_one and o.scale == 1.0) or uniform):
+            return Contract("exact", 0.0, "equal copies whose gates sum to one")
+        if o.identical:
+            return Contract("approximate", o.max_error, f"the gates of mode {o.mode} do not sum to one")
+        return Contract("approximate", o.max_error, "the experts differ from the dense FFN by noise or fresh neurons")
+
+    def costs(self, site: Site) -> Costs:
+        """Return parameters and multiply-adds per token."""
+        o = self.options
+        dim, hidden, _, _ = ffn_sizes(site)
+        parameters, compute = ffn_counts(site)
+        bias = ffn_sizes(site)[2] if "b_out" in site.operands else 0
+        router = o.groups * (dim + (TIMESTEP_WIDTH if self.taps else 0))
+        after = (parameters - bias) * (o.groups + o.shared) + bias + router
+        active = compute * o.top_k // o.granularity + compute * o.shared + router
+        del hidden
+        return Costs(parameters, after, compute, active)
+
+    def warnings(self) -> list[str]:
+        """Warn of a router that cannot learn (theorem T5), and of losing tokens' symmetry."""
+        o = self.options
+        if o.experts == 1 or not o.identical or o.mode not in SUM_TO_ONE:
+            return []
+        return [
+            "equal experts under renormalised gates give the router exactly zero task gradient until the experts differ: "
+            "train with moefx.aux_loss, or start with noise=1e-3 or reinitialise=0.1, or use top_k=1 with normalise='N10'"
+        ]
+
+    def edit(self, context: Context) -> Edit:
+        """Build the routed FFN from the dense weights, and wire it in where it is not a module of its own."""
+        routed = self.build(context)
+        if context.whole:
+            return Edit(routed=routed)
+        return Edit(routed=routed, children=splice_ffn(context, self.name, routed))
+
+    def build(self, context: Context) -> RoutedFFN:
+        """Return the routed FFN that stands where ``context.site`` stood."""
+        o, site = self.options, context.site
+        dense = dense_weights(site, context.graph)
+        if "rest" in site.operands:
+            # The shared output projection keeps its bias: it is hoisted out of the experts.
+            dense = replace(dense, b_out=None)
+        weights = granular_copies(dense, o.groups, o.granularity)
+        if o.reinitialise:
+            draws = context.generator("reinitialise")
+            weights = partially_reinitialise(weights, draws, r=o.reinitialise, independent_sets=o.independent_sets)
+        if o.noise:
+            weights = add_noise(weights, context.generator("noise"), sigma=o.noise, fraction=o.noise_fraction)
+        act = hidden_function(site)
+        shared: nn.Module | None = None
+        scale, shared_scale = o.scale, 1.0
+        if o.shared:
+            shared_weights, weights, shared_scale, kept = arrange_shared(dense, weights, o.shared)
+            shared, scale = DenseFFN(shared_weights, act), scale * kept
+        routed = RoutedFFN(
+            self._router(context, dense.dim, dense.w_in.device),
+            Experts(weights, act),
+            top_k=o.top_k,
+            mode=o.mode,
+            granularity=1 if o.untie else o.granularity,
+            scale=scale * (o.granularity if o.untie and o.mode in SUM_TO_ONE else 1),
+            shared=shared,
+            shared_scale=shared_scale,
+            selection_bias=o.selection_bias,
+        )
+        return routed.train(context.graph.root.training)
+
+    def _router(self, context: Context, dim: int, device: torch.device) -> LinearRouter:
+        o = self.options
+        tap = context.taps["timestep"].meta["val"] if self.taps else None
+        raw = tap is not None and tap.ndim <= 1
+        router = LinearRouter(
+            dim,
+            o.experts if o.untie else o.groups,
+            tap_dim=0 if tap is None else TIMESTEP_WIDTH if raw else tap.shape[-1],
+            embed_timestep=raw,
+            std=0.0,
+            device=device,
+        )
+        if o.router_init == "normal" and router.weight is not None:
+            rows = normal_rows(o.groups, dim, context.generator("router"), std=o.router_std)
+            with torch.no_grad():
+                router.weight.copy_(untie(rows, o.granularity) if o.untie else rows)
+        return router
