@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from routing_oracle import dense, ffn, relative, routed
 
 from moefx.errors import InputError, OptionError
+from moefx.graph import trace
 from moefx.routing import (
     MODES,
     DenseFFN,
@@ -361,6 +362,19 @@ def test_fx_leaves_the_layer_whole_and_a_tracer_leaves_nothing_behind(x: torch.T
     traced = torch.fx.GraphModule(block, Leaves().trace(block))
     assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["ff"]
     assert torch.equal(traced(x), block(x))
+
+
+@pytest.mark.parametrize("granularity", [1, 2])
+def test_our_own_tracer_sees_the_dialect_and_no_statistics(granularity: int, x: torch.Tensor) -> None:
+    model = layer(weights(experts=4, gated=True), gated=True, granularity=granularity)
+    graph = trace(model, (x,))
+    assert model.record.terms is None
+    routing = model.route(x)
+    inside = trace(model.experts, (x.flatten(0, 1), routing.experts, routing.gates))
+    called = [str(node.target) for node in inside.fx.nodes if "moefx" in str(node.target)]
+    assert called == ["moefx.group.default", *["moefx.grouped_linear.default"] * 3, "moefx.combine.default"]
+    longer = torch.randn(3, 17, D, dtype=torch.float64)
+    assert torch.equal(graph(longer), model(longer))
 
 
 def test_export_is_pure_and_equal(x: torch.Tensor) -> None:

@@ -274,6 +274,18 @@ def test_compiles_whole_and_once_for_any_number_of_tokens(mode: str | None, x: t
     copy.deepcopy(model)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it, and silences only a warning
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiles_with_checkpoints_inside_and_outside(whole: bool, x: torch.Tensor) -> None:
+    torch._dynamo.reset()
+    expected, model = step(Model(), x), Model(checkpointed="yes")
+    with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
+        for part in [model] if whole else model.layers:
+            part.compile(fullgraph=True, backend="aot_eager")
+        for name, gradient in step(model, x).items():
+            torch.testing.assert_close(gradient, expected[name])
+
+
 def test_head_gates_take_part_in_the_loss(x: torch.Tensor) -> None:
     gate = HeadGate(D, 6, shared=2, top_k=2, std=0.5)
     gate(x)

@@ -78,7 +78,7 @@ class TokenRouter(KeepFloat32):
 
     def scores(self, x: Tensor) -> Tensor:
         """Return r ``[B, T]``, float32 (float64 for float64 input), of ``x`` ``[B, T, D]``."""
-        with without_autocast(x.device):
+        with without_autocast(x):
             dtype = at_least_float32(x, self.weight)
             r = F.linear(x.to(dtype), self.weight.to(dtype).unsqueeze(0)).squeeze(-1)
             return r if self.bias is None else r + self.bias.to(dtype)

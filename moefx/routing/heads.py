@@ -76,12 +76,12 @@ class HeadGate(KeepFloat32):
         self.balance_weight = rows(2) if shared and routed and self.top_k else None
         # Column j of the computed gates (shared first) belongs to head layout[j]; `order` is the inverse.
         layout = torch.tensor(first + [h for h in range(num_heads) if h not in set(first)], device=device)
-        self.register_buffer("order", layout.argsort(), persistent=False)
+        self.register_buffer("order", layout.argsort())  # saved: the rows of the routers mean nothing without it
         self.record = RoutingRecord(routed, device=device) if self.routed_weight is not None else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the gates ``[B, T, H]`` (float32; float64 for float64 input) of ``x`` ``[B, T, D]``."""
-        with without_autocast(x.device):
+        with without_autocast(x):
             parts = []
             if self.shared_weight is not None:
                 parts.append(self._logits(x, self.shared_weight).softmax(-1) * self.shared)

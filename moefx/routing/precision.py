@@ -14,19 +14,21 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+_DEVICES = ("cpu", "cuda", "meta", "xpu", "mps")
+
 
 def at_least_float32(*tensors: Tensor) -> torch.dtype:
     """Return float64 if any tensor is float64, else float32: the dtype routing computes in."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    # By size: comparing dtypes would tie a trace to the example's dtype.
+    return torch.float64 if any(t.element_size() == 8 for t in tensors) else torch.float32
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context in which autocast is off for ``device``; a null context where it is not on.
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which autocast is off for the device of ``x``; a null context where it is not on.
 
-    Entering `torch.autocast` only when needed keeps it out of traces and allows device types that have no autocast
-    (meta).
+    Entering `torch.autocast` only when needed keeps it out of traces and allows device types that have none (meta).
     """
-    kind = device.type
+    kind = next((name for name in _DEVICES if getattr(x, f"is_{name}")), None) or x.device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return nullcontext()
     return torch.autocast(device_type=kind, enabled=False)

@@ -15,7 +15,9 @@ on it as on any other loss. Consequences:
   the recomputation, which happens inside ``backward``, does not record: no graph is kept alive after the
   step. Re-entrant checkpointing runs the forward without a graph; `aux_loss` refuses rather than return a constant;
 - DDP: each rank has the terms of its own tokens, averaged by the gradient reduction;
-- ``torch.compile(fullgraph=True)``: the terms are two more outputs of the graph, the buffers mutated inputs;
+- ``torch.compile(fullgraph=True)``: the terms are two more outputs of the graph, the buffers mutated inputs. Where a
+  *checkpoint is inside* the compiled function, dynamo refuses side effects unless told not to replay them, which is
+  what is wanted: ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True``;
 - ``copy.deepcopy`` and pickling drop the terms (a tensor inside a graph can be neither); buffers are copied;
 - ``torch.export`` and tracing record nothing: what leaves them is the mathematics alone.
 """
@@ -66,10 +68,17 @@ class RoutingRecord(KeepFloat32):
         terms = switch_balance(fractions, mean_p), z_loss(logits)
         if _recomputing():  # only now: a recomputation has to save the same tensors as the first pass
             return
+        if self.load.is_meta and not fractions.is_meta:
+            self._materialise(fractions.device)
         self.load.copy_(fractions)
         self.probability.copy_(mean_p.detach())
         self.entropy.copy_(entropy(p.detach()))
         self.terms = terms
+
+    def _materialise(self, device: torch.device) -> None:
+        """Allocate the buffers: a model built on meta and loaded by assignment has no non-persistent ones."""
+        for name, buffer in self.named_buffers():
+            setattr(self, name, torch.zeros_like(buffer, device=device))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"terms": None}

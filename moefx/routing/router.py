@@ -129,7 +129,7 @@ class LinearRouter(KeepFloat32):
             raise InputError(
                 f"route with taps {self.taps}", found=f"{len(taps)} taps", do="pass each declared tap, in order"
             )
-        with without_autocast(x.device):
+        with without_autocast(x):
             logits = None if self.weight is None else self._linear(x, self.weight, "x")
             if self.tap_weight is not None:
                 from_tap = self._linear(self._read(taps[0], x.ndim), self.tap_weight, self.taps[0])
