@@ -106,13 +106,13 @@ def test_a_model_that_differs_is_refused() -> None:
     data = load(0.2, seed=0)
     torch.manual_seed(0)
     one, other = (torch.nn.Conv2d(1, 1, 1) for _ in range(2))
-    wrapped = [sparse_stub(layer) for layer in (one, other)]
+    first, second = of_images(one), of_images(other)
     with pytest.raises(SystemExit, match="differs from the dense one by"):
-        sparse.prove_equal(*wrapped, data)
-    assert sparse.prove_equal(wrapped[0], wrapped[0], data)["max_relative_error"] == 0
+        sparse.prove_equal(first, second, data)
+    assert sparse.prove_equal(first, first, data)["max_relative_error"] == 0
 
 
-def sparse_stub(layer: torch.nn.Module) -> torch.nn.Module:
+def of_images(layer: torch.nn.Module) -> torch.nn.Module:
     """A model of images that ignores time and label."""
 
     class Stub(torch.nn.Module):

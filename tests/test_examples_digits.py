@@ -135,9 +135,9 @@ def test_the_average_is_lent_and_taken_back(model: DiT) -> None:
     moved = [parameter.detach().clone() for parameter in model.parameters()]
     with trainee.averaged() as lent:
         assert not lent.training
-        for before, mean, parameter in zip(live, lent.parameters(), moved, strict=True):
+        for before, mean, after in zip(live, lent.parameters(), moved, strict=True):
             share = 9 / 11  # 1 - (1 + 1) / (10 + 1)
-            torch.testing.assert_close(mean, before + share * (parameter - before))
+            torch.testing.assert_close(mean, before + share * (after - before))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), moved, strict=True))
 
 

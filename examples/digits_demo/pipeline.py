@@ -62,7 +62,7 @@ def run(config: Config, folder: Path, *, fresh: bool = False) -> dict[str, Any]:
         judge = Judge(data, config.judge)
         images = {"dense": draw(config, model)}
     with stage("fine-tuning, dense and routed"):
-        curves = finetune(config, data, model, routed)
+        curves = {"pretraining": pretraining} | finetune(config, data, model, routed)
     losses |= {"dense_tuned": errors(config, data, model), "routed_tuned": errors(config, data, routed)}
     with stage("judging the fine-tuned models"):
         images |= {"dense_tuned": draw(config, model), "routed_tuned": draw(config, routed)}
@@ -72,10 +72,10 @@ def run(config: Config, folder: Path, *, fresh: bool = False) -> dict[str, Any]:
         load_LBE = sparse.expert_load(routed, data, config.judge.timestep_buckets, config.seed + 3)
         facts["experts"] = expert_facts(routed, load_LBE)
         facts["validation_loss"] = loss_facts(losses)
-        facts["curves"] = {"pretraining": dataclasses.asdict(pretraining)} | {
-            name: dataclasses.asdict(curve) for name, curve in curves.items()
-        }
-        draw_all(folder, data, config, pretraining, curves, images, load_LBE, facts)
+        facts["curves"] = {name: dataclasses.asdict(curve) for name, curve in curves.items()}
+        draw_curves(folder, curves)
+        draw_samples(folder, config, data, images, facts)
+        plots.utilisation(folder / "expert_utilisation.png", load_LBE, [each["layer"] for each in facts["experts"]])
     facts = header(config, cached) | facts | {"seconds": stage.seconds, "files": list(FILES)}
     report.write(folder, facts)
     return facts
@@ -164,25 +164,19 @@ def expert_facts(routed: nn.Module, load_LBE: Tensor) -> list[dict[str, Any]]:
     ]
 
 
-def draw_all(
-    folder: Path,
-    data: Digits,
-    config: Config,
-    pretraining: Curve,
-    curves: dict[str, Curve],
-    images: dict[str, Tensor],
-    load_LBE: Tensor,
-    facts: dict[str, Any],
-) -> None:
-    """Write the pictures."""
+def draw_curves(folder: Path, curves: dict[str, Curve]) -> None:
+    """Draw the losses of pre-training and of both fine-tunings."""
     start = curves["dense"].validation[0]
-    plots.loss_curves(folder / "loss_curves.png", pretraining, curves["dense"], curves["routed"], start)
-    count = SHEET_ROWS * config.model.classes
-    sheet = {"real validation digits": real_rows(data, config.model.classes)}
-    sheet |= {f"{title} ({score(facts, name)})": images[name][:count] for name, title in report.MODELS.items()}
-    plots.sample_sheet(folder / "samples.png", sheet, config.model.classes)
-    names = [layer["layer"] for layer in facts["experts"]]
-    plots.utilisation(folder / "expert_utilisation.png", load_LBE, names)
+    plots.loss_curves(folder / "loss_curves.png", curves["pretraining"], curves["dense"], curves["routed"], start)
+
+
+def draw_samples(folder: Path, config: Config, data: Digits, images: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Draw the first samples of every model under real digits."""
+    classes = config.model.classes
+    sheet = {"real validation digits": real_rows(data, classes)}
+    for name, title in report.MODELS.items():
+        sheet[f"{title} ({score(facts, name)})"] = images[name][: SHEET_ROWS * classes]
+    plots.sample_sheet(folder / "samples.png", sheet, classes)
 
 
 def score(facts: dict[str, Any], name: str) -> str:
