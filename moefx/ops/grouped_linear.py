@@ -14,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from moefx.ops._checks import differ, no_double_backward, one_device, refuse
 from moefx.ops._gemm import matmul_into
+from moefx.ops._memory import empty
 from moefx.ops._slots import inverse, sum_slots
 from moefx.ops._sync_free import group_of_row, groups_of_outer_products, rows_times_groups
 
@@ -76,7 +77,7 @@ def _grouped_linear_cpu(
     _check(x, weight_ENI, bias_EN, order_R, offsets, k)
     token_R = None if order_R is None else order_R // k
     bounds = offsets.tolist()
-    rows_RN = x.new_empty((x.shape[0] if order_R is None else order_R.shape[0], weight_ENI.shape[1]))
+    rows_RN = empty(x, x.shape[0] if order_R is None else order_R.shape[0], weight_ENI.shape[1])
     for expert, (start, stop) in enumerate(pairwise(bounds)):
         if start < stop:
             bias_N = None if bias_EN is None else bias_EN[expert]
@@ -106,7 +107,7 @@ def _input_grad(grad_RN: Tensor, weight_ENI: Tensor, order_R: Tensor | None, off
 @_input_grad.register_kernel("cpu")
 def _input_grad_cpu(grad_RN: Tensor, weight_ENI: Tensor, order_R: Tensor | None, offsets: Tensor, k: int) -> Tensor:
     bounds = offsets.tolist()
-    rows_RI = grad_RN.new_empty((grad_RN.shape[0], weight_ENI.shape[2]))
+    rows_RI = empty(grad_RN, grad_RN.shape[0], weight_ENI.shape[2])
     for expert, (start, stop) in enumerate(pairwise(bounds)):
         if start < stop:
             matmul_into(rows_RI[start:stop], grad_RN[start:stop], weight_ENI[expert])
@@ -135,7 +136,7 @@ def _weight_grad(grad_RN: Tensor, x: Tensor, order_R: Tensor | None, offsets: Te
 def _weight_grad_cpu(grad_RN: Tensor, x: Tensor, order_R: Tensor | None, offsets: Tensor, k: int) -> Tensor:
     token_R = None if order_R is None else order_R // k
     bounds = offsets.tolist()
-    weight_grad_ENI = grad_RN.new_empty((len(bounds) - 1, grad_RN.shape[1], x.shape[1]))
+    weight_grad_ENI = empty(grad_RN, len(bounds) - 1, grad_RN.shape[1], x.shape[1])
     for expert, (start, stop) in enumerate(pairwise(bounds)):
         if start < stop:
             matmul_into(weight_grad_ENI[expert], grad_RN[start:stop].t(), _pick(x, token_R, start, stop))
