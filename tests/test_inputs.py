@@ -157,6 +157,18 @@ def test_user_maker_by_class_and_its_subclass() -> None:
     assert "Mine" in registered()
 
 
+def test_compiled_model_has_the_inputs_of_the_model_inside() -> None:
+    model = zoo.tiny("DiTTransformer2DModel")
+    inputs = synthesise(torch.compile(model))
+    assert equal(tensors(inputs), tensors(synthesise(model)))
+
+
+def test_main_float_type_wins_over_layers_kept_in_float32() -> None:
+    model = zoo.tiny("WanTransformer3DModel").to(torch.bfloat16)
+    model.scale_shift_table.data = model.scale_shift_table.data.float()
+    assert synthesise(model)["hidden_states"].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("batch", [0, -1, 1.5, True, "2"])
 def test_bad_batch_is_refused(batch: Any) -> None:
     with pytest.raises(InputError, match="batch size"):

@@ -60,6 +60,8 @@ def synthesise(model: nn.Module, *, batch: int = 2, seed: int = 0) -> dict[str, 
         )
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise InputError("the batch size must be a positive integer", found=repr(batch), do="pass batch=2, for example")
+    # A module wrapped by torch.compile has the signature of the wrapper.
+    model = getattr(model, "_orig_mod", model)
     request = Request(model, batch, seed)
     maker = _find(type(model))
     return maker(request) if maker else by_rules(request)
