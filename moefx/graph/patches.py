@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from moefx.graph.proxy import Proxy, ScalarProxy
+from moefx.graph.proxy import ScalarProxy, TensorProxy
 
 if TYPE_CHECKING:
     from moefx.graph.tracer import GuidedTracer
@@ -78,7 +78,7 @@ def _patch_modules(replace: Callable[..., None], active: Callable[[], bool], tra
 
     def traced_getattr(module: nn.Module, name: str) -> Any:
         found = getattr_(module, name)
-        if isinstance(found, torch.Tensor) and not isinstance(found, Proxy) and active():
+        if isinstance(found, torch.Tensor) and type(found) is not TensorProxy and active():
             return tracer.attribute(found)
         return found
 
@@ -171,7 +171,7 @@ def clear_caches(root: nn.Module) -> None:
         if holder is None or getattr(holder, "__module__", getattr(holder, "__name__", "")).startswith("torch."):
             continue
         for value in list(vars(holder).values()):
-            if callable(getattr(value, "cache_clear", None)) and not isinstance(value, Proxy):
+            if callable(getattr(value, "cache_clear", None)):
                 value.cache_clear()
 
 

@@ -49,8 +49,8 @@ class Shape(tuple[Any, ...]):
         return Shape((*self, *other))
 
 
-class Proxy:
-    """Common part of all proxies: the node that computes the value, and the value of the example run."""
+class ScalarProxy:
+    """A Python value (int, float, bool, dtype, device, string) that the graph computes."""
 
     __slots__ = ("node", "tracer", "value")
 
@@ -65,23 +65,13 @@ class Proxy:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tracer = _find_tracer((args, kwargs or {}))
-        return tracer.call_torch(func, tuple(args), dict(kwargs or {}))
+        return _find_tracer((args, kwargs or {})).call_torch(func, tuple(args), dict(kwargs or {}))
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.node.name})"
+        return f"ScalarProxy({self.node.name})"
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Proxy:
+    def __deepcopy__(self, memo: dict[int, Any]) -> ScalarProxy:
         return self
-
-    def __format__(self, spec: str) -> str:
-        return repr(self)
-
-
-class ScalarProxy(Proxy):
-    """A Python value (int, float, bool, dtype, device, string) that the graph computes."""
-
-    __slots__ = ()
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -132,32 +122,44 @@ class ScalarProxy(Proxy):
         return self.tracer.scalar(math.floor, self)
 
 
-class TensorProxy(Proxy):
-    """A tensor that the graph computes."""
+class TensorProxy(torch.Tensor):
+    """A tensor that the graph computes.
 
-    __slots__ = ("_is_parameter", "_shape")
-    _shape: Shape | None
-    _is_parameter: bool
+    A real tensor subclass without storage, because torch's argument parser unpacks whatever calls itself a tensor.
+    """
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return torch.nn.Parameter if self._is_parameter else torch.Tensor
+    node: Node
+    tracer: GuidedTracer
+    value: torch.Tensor
+    _sizes: Shape | None
 
-    def __init__(self, node: Node, value: Any, tracer: GuidedTracer, is_parameter: bool = False) -> None:
-        super().__init__(node, value, tracer)
-        object.__setattr__(self, "_shape", None)
-        object.__setattr__(self, "_is_parameter", is_parameter)
+    @staticmethod
+    def make(node: Node, value: torch.Tensor, tracer: GuidedTracer, is_parameter: bool = False) -> TensorProxy:
+        """Return a proxy of ``value``, which passes for a parameter if it stands for one."""
+        with torch._C.DisableTorchFunctionSubclass():
+            proxy = torch.Tensor._make_wrapper_subclass(
+                TensorProxy, value.shape, dtype=value.dtype, device=value.device, requires_grad=False
+            )
+        proxy.__dict__.update(node=node, value=value, tracer=tracer, _sizes=None, _is_param=is_parameter)
+        return cast(TensorProxy, proxy)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _find_tracer((args, kwargs or {})).call_torch(func, tuple(args), dict(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError(f"a value that is being traced reached {func} unrecorded")
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> Shape:  # type: ignore[override]
         """Sizes as integer proxies."""
-        if self._shape is None:
-            sizes = Shape(self.tracer.size(self, dim) for dim in range(self.value.ndim))
-            object.__setattr__(self, "_shape", sizes)
-        assert self._shape is not None
-        return self._shape
+        if self._sizes is None:
+            self.__dict__["_sizes"] = Shape(self.tracer.size(self, dim) for dim in range(self.value.ndim))
+        assert self._sizes is not None
+        return self._sizes
 
-    def size(self, dim: int | None = None) -> Any:
+    def size(self, dim: int | None = None) -> Any:  # type: ignore[override]
         """Return one size or all of them, like ``torch.Tensor.size``."""
         return self.shape if dim is None else self.shape[dim]
 
@@ -167,28 +169,38 @@ class TensorProxy(Proxy):
 
     nelement = numel
 
-    def __getattr__(self, name: str) -> Any:
-        if name in _CONCRETE_ATTRIBUTES:
-            return getattr(self.value, name)
-        if name in _CONCRETE_METHODS:
-            return lambda *args, **kwargs: getattr(self.value, name)(*args, **kwargs)
+    def attribute(self, name: str) -> Any:
+        """Read a property of the tensor."""
+        if name == "shape":
+            return self.shape
         if name in _STATIC_ATTRIBUTES:
             return self.tracer.scalar(getattr, self, name)
-        if name in _DATA_METHODS:
-            return lambda *args, **kwargs: self.tracer.read(self, name, args, kwargs)
-        if not hasattr(torch.Tensor, name):
-            if hasattr(self.value, name):
-                return getattr(self.value, name)
-            raise AttributeError(f"'Tensor' object has no attribute {name!r}")
-        if callable(getattr(torch.Tensor, name)):
-            return lambda *args, **kwargs: self.tracer.call_method(name, (self, *args), kwargs)
+        if name in _CONCRETE_ATTRIBUTES:
+            return getattr(self.value, name)
         return self.tracer.call_function(getattr, (self, name), {})
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "data":
-            self.tracer.call_method("copy_", (self, value), {})
-            return
-        raise self.tracer.refuse(f"set attribute {name!r} of a tensor")
+    def method(self, name: str, args: Any, kwargs: Any) -> Any:
+        """Call a method of the tensor."""
+        if name in _CONCRETE_METHODS:
+            return self.tracer.evaluate(lambda *a, **k: getattr(self.value, name)(*a, **k), args, kwargs)
+        if name in _DATA_METHODS:
+            return self.tracer.read(self, name, args, kwargs)
+        return self.tracer.call_method(name, (self, *args), kwargs)
+
+    def assign(self, name: str, value: Any) -> None:
+        """Set a property of the tensor."""
+        if name != "data":
+            raise self.tracer.refuse(f"set attribute {name!r} of a tensor")
+        self.tracer.call_method("copy_", (self, value), {})
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"TensorProxy({self.node.name})"
+
+    def __format__(self, spec: str) -> str:
+        return repr(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TensorProxy:
+        return self
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.call_function(operator.setitem, (self, index, value), {})
@@ -218,56 +230,81 @@ class TensorProxy(Proxy):
     def __contains__(self, value: Any) -> bool:
         return bool((self == value).any())
 
-    def __hash__(self) -> int:
-        return object.__hash__(self)
+
+Proxy = TensorProxy | ScalarProxy
 
 
 def _find_tracer(tree: Any) -> GuidedTracer:
-    if isinstance(tree, Proxy) or type(tree) in (TensorProxy, ScalarProxy):
+    found = _search(tree)
+    if found is None:
+        raise RuntimeError("a value that is being traced was hidden in a container that the tracer cannot read")
+    return found
+
+
+def _search(tree: Any) -> GuidedTracer | None:
+    if type(tree) in (TensorProxy, ScalarProxy):
         return cast("GuidedTracer", tree.tracer)
-    if type(tree) in (list, tuple, Shape):
-        children: Any = tree
-    elif type(tree) is dict:
+    children: Any = ()
+    if isinstance(tree, list | tuple):
+        children = tree
+    elif isinstance(tree, dict):
         children = tree.values()
     elif type(tree) is slice:
         children = (tree.start, tree.stop, tree.step)
-    else:
-        return None  # type: ignore[return-value]
-    for child in children:
-        found = _find_tracer(child)
-        if found is not None:
-            return found
-    return None  # type: ignore[return-value]
+    return next((found for child in children if (found := _search(child)) is not None), None)
 
 
-_BINARY = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "lshift", "rshift"]
-_COMPARE = ["eq", "ne", "lt", "le", "gt", "ge"]
-_UNARY = ["neg", "pos", "invert", "abs"]
+_BINARY = "add sub mul truediv floordiv mod pow matmul and_ or_ xor lshift rshift".split()
+_COMPARE = "eq ne lt le gt ge".split()
+_UNARY = "neg pos invert abs".split()
+_INPLACE = "iadd isub imul itruediv ifloordiv ipow iand ior".split()
 
 
-def _install_operators() -> None:
-    def binary(function: Callable[..., Any], reflected: bool) -> Callable[[Any, Any], Any]:
-        def method(self: Proxy, other: Any) -> Any:
-            left, right = (other, self) if reflected else (self, other)
-            return self.tracer.apply(function, left, right)
+def _binary(function: Callable[..., Any], reflected: bool = False) -> Callable[[Any, Any], Any]:
+    def method(self: Any, other: Any) -> Any:
+        left, right = (other, self) if reflected else (self, other)
+        return self.tracer.apply(function, left, right)
 
-        return method
+    return method
 
-    def unary(function: Callable[..., Any]) -> Callable[[Any], Any]:
-        return lambda self: self.tracer.apply(function, self)
 
+def _unary(function: Callable[..., Any]) -> Callable[[Any], Any]:
+    return lambda self: self.tracer.apply(function, self)
+
+
+def _install_operators(cls: type) -> None:
     for name in _BINARY:
         function, stem = getattr(operator, name), name.rstrip("_")
-        setattr(Proxy, f"__{stem}__", binary(function, False))
-        setattr(Proxy, f"__r{stem}__", binary(function, True))
+        setattr(cls, f"__{stem}__", _binary(function))
+        setattr(cls, f"__r{stem}__", _binary(function, reflected=True))
     for name in _COMPARE:
-        setattr(Proxy, f"__{name}__", binary(getattr(operator, name), False))
+        setattr(cls, f"__{name}__", _binary(getattr(operator, name)))
     for name in _UNARY:
-        setattr(Proxy, f"__{name}__", unary(getattr(operator, name)))
-    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "ior"):
-        setattr(TensorProxy, f"__{name}__", binary(getattr(operator, name), False))
-    setattr(TensorProxy, "__getitem__", binary(operator.getitem, False))  # noqa: B010 - mypy sees a class body
-    setattr(Proxy, "__hash__", object.__hash__)  # noqa: B010
+        setattr(cls, f"__{name}__", _unary(getattr(operator, name)))
+    # Defining __eq__ after the class body leaves the hash alone; both kinds hash by identity.
+    setattr(cls, "__hash__", object.__hash__)  # noqa: B010
 
 
-_install_operators()
+def _method(name: str) -> Callable[..., Any]:
+    return lambda self, *args, **kwargs: self.method(name, args, kwargs)
+
+
+def _property(name: str) -> property:
+    return property(lambda self: self.attribute(name), lambda self, value: self.assign(name, value))
+
+
+def _install_tensor_names() -> None:
+    """Answer every public name of a tensor in Python: torch's own parser would turn size proxies into numbers."""
+    for name in dir(torch.Tensor):
+        if name.startswith("_") or name in TensorProxy.__dict__:
+            continue
+        found = getattr(torch.Tensor, name)
+        setattr(TensorProxy, name, _method(name) if callable(found) else _property(name))
+
+
+_install_operators(ScalarProxy)
+_install_operators(TensorProxy)
+for _name in _INPLACE:
+    setattr(TensorProxy, f"__{_name}__", _binary(getattr(operator, _name)))
+setattr(TensorProxy, "__getitem__", _binary(operator.getitem))  # noqa: B010
+_install_tensor_names()

@@ -135,7 +135,7 @@ class GuidedTracer:
             value = self.example(tensor)
             with self._pause():
                 node.meta["val"] = self._shape_only(value)
-            known = self._attributes[id(tensor)] = TensorProxy(node, value, self, isinstance(tensor, nn.Parameter))
+            known = self._attributes[id(tensor)] = TensorProxy.make(node, value, self, isinstance(tensor, nn.Parameter))
         return known
 
     def wrap(self, node: Node, value: Any) -> Any:
@@ -143,7 +143,7 @@ class GuidedTracer:
         with self._pause():
             node.meta["val"] = self._shape_only(value)
         if isinstance(value, torch.Tensor):
-            return TensorProxy(node, value, self)
+            return TensorProxy.make(node, value, self)
         if isinstance(value, torch.Size):
             return Shape(self._items(node, enumerate(value)))
         if isinstance(value, dict):
@@ -188,13 +188,20 @@ class GuidedTracer:
     def call_torch(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Record what reached ``__torch_function__``: a function, a method, or a property of tensors."""
         name = getattr(function, "__name__", "")
-        if name in ("is_floating_point", "is_complex", "is_tensor", "is_grad_enabled"):
+        if name in ("is_floating_point", "is_complex", "is_tensor"):
             return self.evaluate(function, args, kwargs)
-        if torch.overrides.is_tensor_method_or_property(function):
-            if name == "__get__":
-                return getattr(args[0], function.__self__.__name__)
-            return self.call_method(name, args, kwargs)
-        return self.call_function(function, args, kwargs)
+        if not torch.overrides.is_tensor_method_or_property(function):
+            return self.call_function(function, args, kwargs)
+        if type(args[0]) is not TensorProxy:
+            args = (self.attribute(args[0]), *args[1:])
+        if name == "__get__":
+            return args[0].attribute(function.__self__.__name__)
+        if name == "__set__":
+            return args[0].assign(function.__self__.__name__, args[1])
+        operation = getattr(operator, name, None) if name.startswith("__") and name not in ("__rsub__",) else None
+        if operation is not None:
+            return self.apply(operation, *args)
+        return args[0].method(name, args[1:], kwargs)
 
     def apply(self, function: Any, *args: Any) -> Any:
         """Apply an operator to proxies: a tensor result is recorded, a scalar one is shared."""
