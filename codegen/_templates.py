@@ -115,15 +115,17 @@ def launch(offsets, tile_map, rows, block_m):
 GROUPED_LINEAR = '''@triton.jit
 def kernel(
     x_ptr,  # {{ dtype }} {{ "[T, K]" if gather else "[R, K]" }}
-    weight_ptr,  # {{ dtype }} [E, {{ weight_rows }}, K], contiguous
-{% if bias %}
-    bias_ptr,  # {{ bias_dtype }} [E, {{ weight_rows }}]
-{% endif %}
+{% for name in weight_names %}
+    {{ name }}_ptr,  # {{ dtype }} [E, {{ weight_rows }}, K], contiguous
+{% endfor %}
+{% for name in bias_names %}
+    {{ name }}_ptr,  # {{ dtype }} [E, {{ weight_rows }}]
+{% endfor %}
 {% if gather %}
     order_ptr,  # int64 [R]
 {% endif %}
     map_ptr,  # int32 [3, TILES], see the tile map kernel
-    out_ptr,  # {{ out_dtype }} [R, N]
+    out_ptr,  # {{ dtype }} [R, N]
     x_stride,
     experts,
     tiles,
@@ -162,13 +164,12 @@ def kernel(
 {% endif %}
     ks = tl.arange(0, {{ block_k }})
     x = x_ptr + source[:, None] * x_stride + ks[None, :]
-    weight = weight_ptr + expert.to(tl.int64) * {{ weight_rows * k }}
-    w0 = weight + weight_row[None, :] * {{ k }} + ks[:, None]
-    z0 = tl.zeros(({{ block_m }}, {{ block_n }}), tl.float32)
-{% if halves == 2 %}
-    w1 = w0 + {{ n * k }}
-    z1 = tl.zeros(({{ block_m }}, {{ block_n }}), tl.float32)
-{% endif %}
+    weight = expert.to(tl.int64) * {{ weight_rows * k }}
+    weight_tile = weight_row[None, :] * {{ k }} + ks[:, None]
+{% for half in range(halves) %}
+    w{{ half }} = {{ weight_bases[half] }} + weight_tile
+    z{{ half }} = tl.zeros(({{ block_m }}, {{ block_n }}), tl.float32)
+{% endfor %}
     for {{ "k0" if mask_k else "_" }} in range(0, {{ k }}, {{ block_k }}):
 {% if mask_k %}
         x_tile = tl.load(x, mask=(ks < {{ k }} - k0)[None, :], other=0.0)
@@ -189,10 +190,11 @@ def kernel(
         w{{ half }} += {{ block_k }}
 {% endfor %}
         x += {{ block_k }}
-{% if bias %}
+{% if bias_names %}
+    bias = expert * {{ weight_rows }} + weight_row
 {% for half in range(halves) %}
-    bias{{ half }} = tl.load(bias_ptr + expert * {{ weight_rows }} + {{ "%d + " % n if half else "" }}weight_row)
-    z{{ half }} += bias{{ half }}.to(tl.float32)[None, :]
+    b{{ half }} = tl.load({{ bias_bases[half] }})
+    z{{ half }} += b{{ half }}.to(tl.float32)[None, :]
 {% endfor %}
 {% endif %}
 {% if statements %}
@@ -205,22 +207,18 @@ def kernel(
     tl.store(out, {{ result }}.to(out_ptr.dtype.element_ty), mask=keep)
 
 
-def launch({{ "x, weight, %s%stile_map, out, upcast" % ("bias, " if bias else "", "order, " if gather else "") }}):
+def launch({{ (["x"] + operand_names + ["tile_map", "out", "upcast"]) | join(", ") }}):
     """Write ``out`` [R, N]."""
     tiles = tile_map.shape[1]
     kernel[(tiles * {{ column_tiles }},)](
         x,
-        weight,
-{% if bias %}
-        bias,
-{% endif %}
-{% if gather %}
-        order,
-{% endif %}
+{% for name in operand_names %}
+        {{ name }},
+{% endfor %}
         tile_map,
         out,
         x.stride(0),
-        weight.shape[0],
+        {{ weight_names[0] }}.shape[0],
         tiles,
         UPCAST=upcast,
         num_warps={{ num_warps }},

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from moefx.codegen import _aot_child
-from moefx.codegen.emit import emit
+from moefx.codegen.emit import emit, operand_names
 from moefx.codegen.reasons import CannotLower
 from moefx.codegen.schedule import Schedule, combine_columns
 from moefx.codegen.spec import CombineSpec, KernelSpec, LinearSpec
@@ -59,9 +59,8 @@ def signature(spec: KernelSpec) -> dict[str, str]:
     item = "*" + _TRITON_TYPES[spec.dtype]
     if isinstance(spec, CombineSpec):
         return {"rows_ptr": item, "position_ptr": "*i64", "weights_ptr": "*fp32", "out_ptr": item}
-    arguments = {"x_ptr": item, "weight_ptr": item}
-    if spec.bias:
-        arguments["bias_ptr"] = item
+    weights, biases = operand_names(spec)
+    arguments = {"x_ptr": item} | {f"{name}_ptr": item for name in (*weights, *biases)}
     if spec.gather:
         arguments["order_ptr"] = "*i64"
     arguments |= {"map_ptr": "*i32", "out_ptr": item, "x_stride": "i32", "experts": "i32", "tiles": "i32"}

@@ -44,23 +44,25 @@ def emit(spec: KernelSpec, schedule: Schedule | None = None) -> str:
 def emit_linear(spec: LinearSpec, schedule: Schedule) -> str:
     """Return the source of a gather + grouped GEMM + bias + epilogue kernel."""
     n, k = spec.out_features, spec.in_features
-    weight_rows = "N" if spec.halves == 1 else "2 N"
+    weights, biases = operand_names(spec)
     return _render(
         _templates.GROUPED_LINEAR,
         title=f"{spec.name}: grouped projection of routed rows.",
-        meaning=_meaning(spec, weight_rows),
+        meaning=_meaning(spec),
         facts=f"K = {k}, N = {n}; {schedule.describe()}.",
         helpers=[_templates.HELPERS[name] for name in spec.epilogue.helpers],
         dtype=spec.dtype,
-        bias_dtype=spec.dtype,
-        out_dtype=spec.dtype,
         gather=spec.gather,
         top_k=spec.top_k,
-        bias=spec.bias,
+        weight_names=weights,
+        bias_names=biases,
+        operand_names=[*weights, *biases, *(["order"] if spec.gather else [])],
+        weight_bases=_bases(weights, "weight", n * k, spec.halves),
+        bias_bases=_bases(biases, "bias", n, spec.halves),
         halves=spec.halves,
         n=n,
         k=k,
-        weight_rows=n * spec.halves,
+        weight_rows=spec.weight_rows,
         mask_n=n % schedule.block_n != 0,
         mask_k=k % schedule.block_k != 0,
         column_tiles=-(-n // schedule.block_n),
@@ -81,14 +83,32 @@ def _result(spec: LinearSpec) -> str:
     return result if isinstance(result, str) else f"(z0 * 0.0 + {result!r})"
 
 
-def _meaning(spec: LinearSpec, weight_rows: str) -> str:
-    source = f"order[r] // {spec.top_k}" if spec.gather else "r"
-    lines = [f"z[r] = weight[e] @ x[{source}]{' + bias[e]' if spec.bias else ''}   with e the expert of row r"]
-    if spec.halves == 2:
-        lines.append(f"z0, z1 = the two halves of z; weight is [E, {weight_rows}, K]")
+def operand_names(spec: LinearSpec) -> tuple[list[str], list[str]]:
+    """Return the names of the weights and of the biases of a projection's kernel."""
+    suffixes = [""] if spec.weights == 1 else ["0", "1"]
+    return [f"weight{s}" for s in suffixes], [f"bias{s}" for s in suffixes] if spec.bias else []
+
+
+def _bases(names: list[str], offset: str, half_size: int, halves: int) -> list[str]:
+    """Return where each accumulator's operand starts: in a tensor of its own, or in a half of the only one."""
+    if len(names) == halves:
+        return [f"{name}_ptr + {offset}" for name in names]
+    return [f"{name}_ptr + {offset}{shift}" for name in names for shift in ("", f" + {half_size}")]
+
+
+def _meaning(spec: LinearSpec) -> str:
+    source = ("order[r]" if spec.top_k == 1 else f"order[r] // {spec.top_k}") if spec.gather else "r"
+    weights, biases = operand_names(spec)
+    values = ["z"] if spec.weights == 1 else ["z0", "z1"]
+    lines = [
+        f"{z}[r] = {w}[e] @ x[{source}]{f' + {b}[e]' if b else ''}   with e the expert of row r"
+        for z, w, b in zip(values, weights, biases or [""] * len(weights), strict=True)
+    ]
+    if spec.halves == 2 and spec.weights == 1:
+        lines.append("z0, z1 = the two halves of z; weight is [E, 2 N, K]")
     if spec.epilogue.is_identity:
         return "\n".join([*lines, "out[r] = z[r]"])
-    return "\n".join([*lines, "out[r] = epilogue(z[r]), the program after the loop"])
+    return "\n".join([*lines, f"out[r] = epilogue({', '.join(values)}), the program after the loop"])
 
 
 def emit_combine(spec: CombineSpec) -> str:

@@ -60,33 +60,34 @@ def _name(target: Any) -> str:
     return str(getattr(packet, "__name__", packet)).removesuffix("_copy") or str(packet)
 
 
-def trace_pointwise(function: Callable[[torch.Tensor], torch.Tensor], width: int) -> Pointwise:
+def trace_pointwise(function: Callable[..., torch.Tensor], width: int, inputs: int = 1) -> Pointwise:
     """Return ``function`` as a program, or raise :class:`CannotLower` with the operator that stands in the way.
 
-    ``function`` maps [R, ``width``] to [R, ``width``] or, if it splits its input in halves, to [R, ``width``/2].
+    ``function`` maps ``inputs`` tensors [R, ``width``] to [R, ``width``] or, if it splits its only input in halves, to
+    [R, ``width``/2].
     """
-    example = torch.zeros(_TRACED_ROWS, width, dtype=torch.float32)
+    examples = [torch.zeros(_TRACED_ROWS, width, dtype=torch.float32) for _ in range(inputs)]
 
     # Functionalised on a copy, so that in-place activations (ReLU(inplace=True)) read like the others.
-    def on_copy(z: torch.Tensor) -> torch.Tensor:
-        return function(z.clone())
+    def on_copy(*z: torch.Tensor) -> torch.Tensor:
+        return function(*(value.clone() for value in z))
 
     try:
         with torch.no_grad():
             functional = torch.func.functionalize(on_copy, remove="mutations_and_views")
-            graph = make_fx(functional, decomposition_table=_decompositions())(example).graph
+            graph = make_fx(functional, decomposition_table=_decompositions())(*examples).graph
     except Exception as error:  # whatever the traced code raises is the reason
         raise CannotLower(
             "print the expression between two projections", found=f"{type(error).__name__}: {error}"
         ) from error
-    return _Reader(width).read(graph)
+    return _Reader(width, inputs).read(graph)
 
 
 class _Reader:
-    """Read an ATen graph of one [rows, width] input into a :class:`Builder`."""
+    """Read an ATen graph of one or two [rows, width] inputs into a :class:`Builder`."""
 
-    def __init__(self, width: int) -> None:
-        self.width = width
+    def __init__(self, width: int, inputs: int) -> None:
+        self.width, self.inputs = width, inputs
         self.env: dict[fx.Node, Any] = {}
         self.halves = False
         self.whole = False
@@ -96,7 +97,8 @@ class _Reader:
         result: Any = None
         for node in graph.nodes:
             if node.op == "placeholder":
-                self.env[node] = "input"
+                # The only input may yet turn out to be split; of two, each is a value of its own.
+                self.env[node] = "input" if self.inputs == 1 else f"z{len(self.env)}"
             elif node.op == "call_function":
                 self.env[node] = self.call(node)
             elif node.op == "output":
@@ -105,7 +107,7 @@ class _Reader:
             else:
                 raise self.refuse(node, f"it reads the tensor {node.target!r}; only constants may join")
         program = self.b.finish(result)
-        return Pointwise(2 if self.halves else 1, program.steps, program.result)
+        return Pointwise(2 if self.halves else self.inputs, program.steps, program.result)
 
     def _check_shape(self, node: Any) -> None:
         want = self.width // 2 if self.halves else self.width

@@ -89,25 +89,20 @@ def lowerings(graph: Any) -> list[Lowering | Refusal]:
 
 @dataclass
 class _Chain:
-    """A region while it grows: its last operator, and what was taken so far."""
+    """A region while it grows: the projections it has come to, and what was taken so far."""
 
-    last: fx.Node
+    last: tuple[fx.Node, ...]
     order: fx.Node | None
     open: bool = True
+    nodes: list[fx.Node] = field(default_factory=list)
     specs: list[LinearSpec] = field(default_factory=list)
+    weights: list[fx.Node] = field(default_factory=list)
     combine: CombineSpec | None = None
     gates: list[fx.Node] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.nodes = [self.last]
-        self.first = operands(self.last)
-        self.weights = self._weights(self.last)
-
-    @staticmethod
-    def _weights(node: fx.Node) -> list[fx.Node]:
-        named = operands(node)
-        return [named["weight"]] if named["bias"] is None else [named["weight"], named["bias"]]
+        self.first = operands(self.last[0])
 
     def check_follows(self, sink: fx.Node) -> None:
         """Check that the next operator keeps to the same routing."""
@@ -118,71 +113,96 @@ class _Chain:
         elif named["order"] is not None or named["offsets"] is not self.first["offsets"]:
             raise CannotLower("fuse two projections", found=f"{sink.name} groups its rows anew")
 
-    def append(self, spec: LinearSpec, between: list[fx.Node], sink: fx.Node) -> None:
-        """Take a projection with its expression, and go on from the next projection."""
+    def take(self, spec: LinearSpec, projections: tuple[fx.Node, ...], between: Iterable[fx.Node] = ()) -> None:
+        """Take projections that become one kernel, with the expression behind them."""
+        named = [operands(node) for node in projections]
         self.specs.append(spec)
-        self.nodes += [*between, sink]
-        self.weights += self._weights(sink)
-        self.last = sink
+        self.nodes += [*projections, *between]
+        self.weights += [one["weight"] for one in named]
+        self.weights += [one["bias"] for one in named if one["bias"] is not None]
 
-    def end(self, spec: LinearSpec, why: str) -> None:
+    def end(self, why: str) -> None:
         """End with a projection whose expression is not fused."""
-        self.specs.append(spec)
         self.notes.append(why)
         self.open = False
 
-    def end_in_combine(self, spec: LinearSpec, between: list[fx.Node], sink: fx.Node, combine: CombineSpec) -> None:
-        """End with a projection, its expression and the combine."""
-        self.specs.append(spec)
-        self.nodes += [*between, sink]
+    def end_in_combine(self, sink: fx.Node, combine: CombineSpec) -> None:
+        """End with the combine."""
+        self.nodes.append(sink)
         self.order, self.gates = operands(sink)["order"], [operands(sink)["weights"]]
-        self.combine, self.last, self.open = combine, sink, False
+        self.combine, self.last, self.open = combine, (sink,), False
 
-    def lowering(self) -> Lowering:
+    def lowering(self, position: dict[fx.Node, int]) -> Lowering:
+        """Return what was taken."""
         region = RegionSpec(tuple(self.specs), self.combine)
         order = [self.order] if region.reads_order else []
         inputs = (self.first["x"], self.first["offsets"], *order, *self.weights, *self.gates)
-        return Lowering(_site(self.nodes[0]), region, tuple(self.nodes), inputs, self.last, tuple(self.notes))
+        nodes = sorted(self.nodes, key=position.__getitem__)
+        return Lowering(_site(nodes[0]), region, tuple(nodes), inputs, self.last[0], tuple(self.notes))
 
 
 class _Finder:
     def __init__(self, graph: fx.Graph, root: torch.nn.Module) -> None:
         self.graph, self.root = graph, root
         self.position = {node: i for i, node in enumerate(graph.nodes)}
+        self.taken: set[fx.Node] = set()
 
     def find(self) -> list[Lowering | Refusal]:
         found: list[Lowering | Refusal] = []
-        taken: set[fx.Node] = set()
         for node in self.graph.nodes:
-            if dialect_op(node) != "grouped_linear" or node in taken:
+            if dialect_op(node) != "grouped_linear" or node in self.taken:
                 continue
             try:
                 lowering = self.region(node)
             except CannotLower as error:
                 found.append(Refusal(_site(node), node, error.found or error.asked))
                 continue
-            taken.update(lowering.nodes)
+            self.taken.update(lowering.nodes)
             found.append(lowering)
         return found
 
     def region(self, start: fx.Node) -> Lowering:
         """Grow a region from its first projection as far as it goes."""
-        chain = _Chain(start, operands(start)["order"])
+        chain = _Chain((start,), operands(start)["order"])
+        pair = self.twin(start)
+        if pair is not None and not self.grow(chain, pair):
+            chain.notes.clear()
+            chain.open = True
         while chain.open:
-            spec = self.linear_spec(chain.last)
-            try:
-                sink, between = self.consumer(chain.last)
-                chain.check_follows(sink)
-                fused = self.epilogue(chain.last, between, sink)
-            except CannotLower as error:
-                chain.end(spec, error.found)
-                break
-            spec = dataclasses.replace(spec, out_features=spec.out_features // fused.inputs, epilogue=fused)
-            if dialect_op(sink) == "combine":
-                chain.end_in_combine(spec, between, sink, self.combine_spec(sink, spec))
-            else:
-                chain.append(spec, between, sink)
-        return chain.lowering()
+            self.grow(chain, chain.last)
+        return chain.lowering(self.position)
+
+    def grow(self, chain: _Chain, projections: tuple[fx.Node, ...]) -> bool:
+        """Take projections and what follows; a lone projection is taken even if what follows is not."""
+        spec = self.linear_spec(projections[0])
+        try:
+            sink, between = self.consumer(projections)
+            chain.check_follows(sink)
+            fused = self.epilogue(projections, between, sink)
+            width = spec.out_features * len(projections) // fused.inputs
+            spec = dataclasses.replace(spec, out_features=width, epilogue=fused, weights=len(projections))
+        except CannotLower as error:
+            if len(projections) == 1:
+                chain.take(spec, projections)
+            chain.end(error.found)
+            return False
+        chain.take(spec, projections, between)
+        if dialect_op(sink) == "combine":
+            chain.end_in_combine(sink, self.combine_spec(sink, spec))
+        else:
+            chain.last = (sink,)
+        return True
+
+    def twin(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        """Return the projection with the one other that reads the same rows, as gated FFNs with two weights have."""
+        named = operands(node)
+        free = [n for n in self.graph.nodes if dialect_op(n) == "grouped_linear" and n not in self.taken | {node}]
+        same = [n for n in free if all(operands(n)[key] == named[key] for key in ("x", "order", "offsets", "k"))]
+        if len(same) != 1 or (operands(same[0])["bias"] is None) != (named["bias"] is None):
+            return None
+        if self.value(operands(same[0])["weight"]).shape != self.value(named["weight"]).shape:
+            return None
+        return (node, same[0])
 
     def value(self, node: Any) -> torch.Tensor:
         """Return the fake or real tensor of a node."""
@@ -223,23 +243,23 @@ class _Finder:
         slots = int(self.value(operands(node)["weights"]).shape[1])
         return CombineSpec(linear.out_features, slots, linear.dtype)
 
-    def consumer(self, start: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-        """Return the one dialect op that everything computed from ``start`` flows into, and the nodes between."""
-        inside, sinks = {start}, set()
-        pending = list(start.users)
+    def consumer(self, starts: tuple[fx.Node, ...]) -> tuple[fx.Node, list[fx.Node]]:
+        """Return the one dialect op that everything computed from ``starts`` flows into, and the nodes between."""
+        inside, sinks = set(starts), set()
+        pending = {user for start in starts for user in start.users}
         while pending:
             node = min(pending, key=self.position.__getitem__)
-            pending = [other for other in pending if other is not node]
+            pending.remove(node)
             name = dialect_op(node)
             if name is not None and _only_data_input(node, name, inside):
                 sinks.add(node)
                 continue
             self._check_interior(node, inside)
             inside.add(node)
-            pending += [user for user in node.users if user not in inside]
+            pending.update(node.users)
         if len(sinks) != 1:
             raise CannotLower("fuse an expression", found=f"the projection flows into {len(sinks)} routed operators")
-        return sinks.pop(), sorted(inside - {start}, key=self.position.__getitem__)
+        return sinks.pop(), sorted(inside - set(starts), key=self.position.__getitem__)
 
     @staticmethod
     def _check_interior(node: fx.Node, inside: set[fx.Node]) -> None:
@@ -251,14 +271,14 @@ class _Finder:
         if outside:
             raise CannotLower("fuse an expression", found=f"{node.name} joins it with {', '.join(outside)}")
 
-    def epilogue(self, start: fx.Node, nodes: Iterable[fx.Node], sink: fx.Node) -> Pointwise:
-        """Return the expression between two dialect ops as a program."""
+    def epilogue(self, starts: tuple[fx.Node, ...], nodes: Iterable[fx.Node], sink: fx.Node) -> Pointwise:
+        """Return the expression between dialect ops as a program."""
         graph = fx.Graph()
-        copies = {start: graph.placeholder("z")}
+        copies = {start: graph.placeholder(f"z{i}") for i, start in enumerate(starts)}
         for node in nodes:
             copies[node] = graph.node_copy(node, copies.__getitem__)
         graph.output(copies[operands(sink)[_ARGUMENTS[str(dialect_op(sink))][0]]])
-        return trace_pointwise(fx.GraphModule(self.root, graph), int(self.value(start).shape[1]))
+        return trace_pointwise(fx.GraphModule(self.root, graph), int(self.value(starts[0]).shape[1]), len(starts))
 
 
 def _only_data_input(node: fx.Node, name: str, inside: set[fx.Node]) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -52,6 +53,16 @@ def schedules(region: RegionSpec, target: Target, rows: int, experts: int) -> tu
     return tuple(choose(linear, target, load, experts, block_m) for linear in region.linears)
 
 
+def sources(region: RegionSpec, target: Target, rows: int, experts: int) -> dict[str, str]:
+    """Return the modules that would run a region on a target, by kernel name, in execution order."""
+    found = {"tile_map": emit_tile_map()}
+    for spec, schedule in zip(region.linears, schedules(region, target, rows, experts), strict=True):
+        found[spec.name] = emit(spec, schedule)
+    if region.combine is not None:
+        found[region.combine.name] = emit(region.combine)
+    return found
+
+
 def tile_bound(rows: int, experts: int, block_m: int) -> int:
     """Return how many row tiles ``rows`` rows can need: each of E + 1 groups (one of dropped rows) may end in part."""
     return rows // block_m + min(rows, experts + 1)
@@ -82,15 +93,14 @@ class Projection:
     def __call__(
         self,
         x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
+        weights: Sequence[torch.Tensor],
+        biases: Sequence[torch.Tensor],
         order: torch.Tensor | None,
         tiles: torch.Tensor,
         out: torch.Tensor,
     ) -> torch.Tensor:
         """Write ``out`` [R, N] from ``x``, [T, K] with ``order``, else [R, K]."""
-        operands = [x if x.stride(-1) == 1 else x.contiguous(), weight.contiguous()]
-        operands += [bias.contiguous()] if bias is not None else []
+        operands = [x if x.stride(-1) == 1 else x.contiguous(), *(t.contiguous() for t in (*weights, *biases))]
         operands += [order] if order is not None else []
         if tiles.numel():
             self._module.launch(*operands, tiles, out, self._upcast)
@@ -130,10 +140,11 @@ class LoadedRegion:
         rows = order.shape[0] if order is not None else x.shape[0]
         tiles = tile_map(offsets, rows, self.block_m)
         for projection in self.projections:
-            weight = next(remaining)
-            bias = next(remaining) if projection.spec.bias else None
-            out = x.new_empty((rows, projection.spec.out_features))
-            x = projection(x, weight, bias, order if projection.spec.gather else None, tiles, out)
+            spec = projection.spec
+            weights = list(itertools.islice(remaining, spec.weights))
+            biases = list(itertools.islice(remaining, spec.weights if spec.bias else 0))
+            out = x.new_empty((rows, spec.out_features))
+            x = projection(x, weights, biases, order if spec.gather else None, tiles, out)
         if self.combine is not None and order is not None:
             x = self.combine(x, order, next(remaining))
         return x
@@ -154,7 +165,7 @@ def clear() -> None:
 
 @torch.library.custom_op("moefx::region", mutates_args=())
 def region_op(tensors: Sequence[torch.Tensor], key: str) -> torch.Tensor:
-    """Run the lowered region ``key`` on x, offsets, order if read, each projection's weight and bias, gates if read."""
+    """Run the region ``key`` on x, offsets, order if read, each projection's weights and biases, gates if read."""
     x, offsets = tensors[0], tensors[1]
     experts = offsets.shape[0] - 1
     rows = tensors[2].shape[0] if _region(key).reads_order else x.shape[0]

@@ -96,7 +96,7 @@ def _candidates(spec: LinearSpec, target: Target, block_m: int) -> Iterator[Sche
         stage_bytes = (block_m + columns * spec.halves) * block_k * item
         stages = min(target.max_stages, target.shared_limit_bytes // stage_bytes, -(-spec.in_features // block_k) + 1)
         if stages >= 1:
-            warps = 8 if accumulators >= 128 * 128 or (item == 4 and accumulators >= 64 * 128) else 4
+            warps = 8 if accumulators >= _accumulator_limit(spec, target, columns) or accumulators >= 128 * 128 else 4
             yield Schedule(block_m, columns, block_k, warps, max(1, stages), 8)
 
 

@@ -25,8 +25,9 @@ def _require_dtype(dtype: str) -> None:
 class LinearSpec:
     """``out[r] = epilogue(weight[e(r)] @ x[source(r)] + bias[e(r)])`` for the R rows sorted by expert.
 
-    ``source(r)`` is ``order[r] // top_k`` with ``gather``, else ``r``.  An epilogue of two inputs reads the two halves
-    of the projection (gated FFNs): then ``weight`` has 2 N rows.  Dropped rows are written as zero.
+    ``source(r)`` is ``order[r] // top_k`` with ``gather``, else ``r``.  An epilogue of two inputs (gated FFNs) reads
+    two projections of the same row: two weights of N rows each if ``weights`` is 2, else the halves of one weight of
+    2 N rows.  Dropped rows are written as zero.
     """
 
     in_features: int
@@ -36,6 +37,7 @@ class LinearSpec:
     gather: bool = False
     top_k: int = 1
     epilogue: Pointwise = field(default_factory=Pointwise)
+    weights: int = 1
     #: "ieee" or "tf32": how float32 products are formed on tensor cores; 16-bit inputs do not look at it.
     precision: str = "ieee"
 
@@ -46,10 +48,19 @@ class LinearSpec:
                 "emit a grouped projection", found=f"an empty one: {self.in_features}x{self.out_features}"
             )
 
+        if self.weights not in (1, self.epilogue.inputs):
+            found = f"{self.weights} weights and an epilogue of {self.epilogue.inputs} inputs"
+            raise CannotLower("emit a grouped projection", found=found)
+
     @property
     def halves(self) -> int:
-        """Number of accumulators: 2 where the epilogue reads a gate and an up half."""
+        """Number of accumulators: 2 where the epilogue reads a gate and an up value."""
         return self.epilogue.inputs
+
+    @property
+    def weight_rows(self) -> int:
+        """Number of rows of each weight."""
+        return self.out_features * self.halves // self.weights
 
     @property
     def text(self) -> str:
@@ -57,6 +68,7 @@ class LinearSpec:
         parts = [
             f"grouped_linear K={self.in_features} N={self.out_features} dtype={self.dtype} bias={self.bias}",
             f"gather={self.gather} top_k={self.top_k if self.gather else 1} precision={self.precision}",
+            f"weights={self.weights} of {self.weight_rows} rows",
             self.epilogue.text(),
         ]
         return "\n".join(parts)

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from moefx.codegen import runtime
+from moefx.routing import Experts, LinearRouter, activation, random_weights
+from moefx.routing import RoutedFFN as BuildingBlock
 from tests.routed_toy import RoutedFFN
 
 
@@ -30,6 +32,19 @@ def test_compiled_model_runs_the_emitted_kernels(caplog: pytest.LogCaptureFixtur
             torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
     assert launched == [(18, 24), (27, 24)]
     assert "replaced 1 of 1 routed regions" in caplog.text
+
+
+def test_gated_routing_module_runs_the_emitted_kernels(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    weights = random_weights(24, 40, num_experts=4, gated=True)
+    model = BuildingBlock(LinearRouter(24, 4), Experts(weights, activation("silu", gated=True)), top_k=2).eval()
+    caplog.set_level(logging.INFO, logger="moefx.backend")
+    compiled = torch.compile(model, backend="moefx", options={"kernels": "triton", "inner": "eager"})
+    with torch.no_grad():
+        x = torch.randn(2, 9, 24)
+        torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
+    assert "replaced 1 of 1 routed regions" in caplog.text
+    assert "gather_gated_linear_24x40" in caplog.text
 
 
 def test_training_keeps_the_dialect_ops(caplog: pytest.LogCaptureFixture) -> None:

@@ -5,6 +5,7 @@ Shapes: T tokens, k slots, R = T * k rows, E experts, K input and N output colum
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 
@@ -140,6 +141,17 @@ def test_gated_projection_uses_both_halves() -> None:
     assert error(region.run(spec), region.reference(swiglu)) < TOLERANCE["float32"]
 
 
+def test_two_weights_equal_one_of_two_halves() -> None:
+    region = Region(19, 2, 3, 24, 2 * 35, "dropped", "float32")
+    spec = region.spec(swiglu)
+    pair = trace_pointwise(lambda gate, up: F.silu(gate) * up, 35, inputs=2)
+    up = dataclasses.replace(spec.linears[0], epilogue=pair, weights=2)
+    split = RegionSpec((up, spec.linears[1]), spec.combine)
+    w, b = (list(t.chunk(2, 1)) for t in (region.w_in, region.b_in))
+    operands = [region.x, region.offsets, region.order, *w, *b, region.w_out, region.b_out, region.gates]
+    assert torch.equal(torch.ops.moefx.region(operands, runtime.register(split)), region.run(spec))
+
+
 def test_dropped_rows_are_zero() -> None:
     region = Region(9, 2, 3, 24, 20, "all dropped", "float32")
     assert torch.equal(region.run(region.spec(F.gelu)), torch.zeros(9, 24))
@@ -228,7 +240,7 @@ def project(act: Function | Pointwise, z: Tensor) -> Tensor:
     tiles = runtime.tile_map(offsets, z.shape[0], 32)
     out = z.new_empty((z.shape[0], spec.out_features))
     kernel = runtime.Projection(spec, Schedule(32, 32, 32, 1, 1, 1))
-    return kernel(z, torch.eye(width)[None], None, None, tiles, out)
+    return kernel(z, [torch.eye(width)[None]], [], None, tiles, out)
 
 
 @pytest.mark.parametrize("seed", range(30))

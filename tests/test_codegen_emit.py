@@ -19,10 +19,12 @@ from moefx.codegen import (
     CannotLower,
     CombineSpec,
     LinearSpec,
+    RegionSpec,
     Target,
     choose,
     emit,
     emit_tile_map,
+    runtime,
     store,
     target,
     trace_pointwise,
@@ -203,10 +205,21 @@ def test_other_kernels_compile_for_sm_90() -> None:
     sm_90 = target("sm_90")
     down = LinearSpec(4608, 1152, "bfloat16", True)
     gated = LinearSpec(1152, 4608, "bfloat16", False, True, 2, trace_pointwise(swiglu, 9216))
-    for spec in (down, gated):
+    pair = trace_pointwise(lambda up, gate: F.silu(gate) * up, 4608, inputs=2)
+    two_weights = LinearSpec(1152, 4608, "bfloat16", True, True, 2, pair, weights=2)
+    for spec in (down, gated, two_weights):
         found = compile_for(spec, choose(spec, sm_90, 1024, 8), sm_90)
         assert (found.spill_bytes, found.count("HGMMA") > 0) == (0, True), found.row()
     assert compile_for(CombineSpec(1152, 2, "bfloat16"), None, sm_90).spill_bytes == 0
+
+
+def test_the_sources_of_a_region_are_its_kernels_in_order() -> None:
+    up, down = up_projection(), LinearSpec(4608, 1152, "bfloat16", True)
+    region = RegionSpec((up, down), CombineSpec(1152, 2, "bfloat16"))
+    found = runtime.sources(region, target("sm_90"), 8192, 8)
+    assert list(found) == ["tile_map", up.name, down.name, region.combine.name]  # type: ignore[union-attr]
+    for source in found.values():
+        compile(source, "emitted", "exec")
 
 
 @needs_triton

@@ -13,6 +13,8 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from moefx import ops
 from moefx.codegen import Lowering, Refusal, describe, lowerings, replace
+from moefx.graph import trace
+from moefx.routing import Experts, activation, random_weights
 from tests.routed_toy import RoutedFFN
 
 
@@ -54,7 +56,11 @@ def _seed() -> None:
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("capture", [dynamo, exported])
+def moefx_trace(model: nn.Module, x: Tensor) -> object:
+    return trace(model, (x,))
+
+
+@pytest.mark.parametrize("capture", [dynamo, exported, moefx_trace])
 @pytest.mark.parametrize("act", [nn.GELU(), nn.GELU(approximate="tanh"), lambda z: F.relu(z).square()])
 def test_routed_ffn_is_one_region(capture: Callable[..., fx.GraphModule], act: Callable[[Tensor], Tensor]) -> None:
     (found,) = lowerings(capture(RoutedFFN(act=act), torch.randn(2, 9, 24)))
@@ -74,6 +80,28 @@ def test_gated_ffn_is_one_region() -> None:
     assert isinstance(found, Lowering)
     assert (found.region.linears[0].halves, found.region.linears[0].out_features) == (2, 40)
     assert len(found.region.linears) == 2
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu"])
+def test_ffn_with_two_input_weights_is_one_region(act: str) -> None:
+    torch.manual_seed(0)
+    weights = random_weights(24, 40, num_experts=4, gated=True)
+    experts = Experts(weights, activation(act, gated=True))
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = experts
+
+        def forward(self, x: Tensor) -> Tensor:
+            gates, chosen = x[:, :4].softmax(-1).topk(2)
+            return self.experts(x, chosen, gates)
+
+    (found,) = lowerings(dynamo(Layer(), torch.randn(18, 24)))
+    assert isinstance(found, Lowering)
+    assert (found.region.linears[0].weights, found.region.linears[0].out_features) == (2, 40)
+    assert found.region.combine is not None
+    assert not found.notes
 
 
 def test_keyword_spelling_of_the_facade_is_read() -> None:

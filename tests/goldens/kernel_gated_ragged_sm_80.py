@@ -1,8 +1,8 @@
-"""gather_gated_linear_1000x300_float16_bdca7cffbf: grouped projection of routed rows.
+"""gather_gated_linear_1000x300_float16_2e270df7d8: grouped projection of routed rows.
 
-z[r] = weight[e] @ x[order[r] // 1]   with e the expert of row r
+z[r] = weight[e] @ x[order[r]]   with e the expert of row r
 z0, z1 = the two halves of z; weight is [E, 2 N, K]
-out[r] = epilogue(z[r]), the program after the loop
+out[r] = epilogue(z), the program after the loop
 
 Made by moefx.codegen; edits are overwritten.
 K = 1000, N = 300; tile 64x64x64, 4 warps, 4 stages, groups of 64 row tiles.
@@ -57,10 +57,11 @@ def kernel(
     weight_row = tl.minimum(col, 299)
     ks = tl.arange(0, 64)
     x = x_ptr + source[:, None] * x_stride + ks[None, :]
-    weight = weight_ptr + expert.to(tl.int64) * 600000
-    w0 = weight + weight_row[None, :] * 1000 + ks[:, None]
+    weight = expert.to(tl.int64) * 600000
+    weight_tile = weight_row[None, :] * 1000 + ks[:, None]
+    w0 = weight_ptr + weight + weight_tile
     z0 = tl.zeros((64, 64), tl.float32)
-    w1 = w0 + 300000
+    w1 = weight_ptr + weight + 300000 + weight_tile
     z1 = tl.zeros((64, 64), tl.float32)
     for k0 in range(0, 1000, 64):
         x_tile = tl.load(x, mask=(ks < 1000 - k0)[None, :], other=0.0)

@@ -1,7 +1,7 @@
-"""gather_grouped_linear_1152x4608_bfloat16_b94e65f0b1: grouped projection of routed rows.
+"""gather_grouped_linear_1152x4608_bfloat16_d2bcf831e4: grouped projection of routed rows.
 
 z[r] = weight[e] @ x[order[r] // 2] + bias[e]   with e the expert of row r
-out[r] = epilogue(z[r]), the program after the loop
+out[r] = epilogue(z), the program after the loop
 
 Made by moefx.codegen; edits are overwritten.
 K = 1152, N = 4608; tile 128x128x64, 8 warps, 4 stages, groups of 32 row tiles.
@@ -57,8 +57,9 @@ def kernel(
     weight_row = col
     ks = tl.arange(0, 64)
     x = x_ptr + source[:, None] * x_stride + ks[None, :]
-    weight = weight_ptr + expert.to(tl.int64) * 5308416
-    w0 = weight + weight_row[None, :] * 1152 + ks[:, None]
+    weight = expert.to(tl.int64) * 5308416
+    weight_tile = weight_row[None, :] * 1152 + ks[:, None]
+    w0 = weight_ptr + weight + weight_tile
     z0 = tl.zeros((128, 128), tl.float32)
     for _ in range(0, 1152, 64):
         x_tile = tl.load(x)
@@ -70,8 +71,9 @@ def kernel(
         z0 = tl.dot(x_tile, w0_tile, z0)
         w0 += 64
         x += 64
-    bias0 = tl.load(bias_ptr + expert * 4608 + weight_row)
-    z0 += bias0.to(tl.float32)[None, :]
+    bias = expert * 4608 + weight_row
+    b0 = tl.load(bias_ptr + bias)
+    z0 += b0.to(tl.float32)[None, :]
 
     # Epilogue, in float32.
     v0 = z0 * z0
