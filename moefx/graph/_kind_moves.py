@@ -87,6 +87,8 @@ def basic_index(given: Any, rank: int) -> tuple[Any, ...] | None:
         plain = number(item)
         if isinstance(plain, slice):
             plain = slice(number(plain.start), number(plain.stop), number(plain.step))
+            if any(isinstance(bound, Node) for bound in (plain.start, plain.stop, plain.step)):
+                return None
         elif not (plain is None or plain is Ellipsis or (isinstance(plain, int) and not isinstance(plain, bool))):
             return None
         made.append(plain)

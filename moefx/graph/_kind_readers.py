@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.fx import Node
 
+from moefx.graph import _kind_tables as tables
 from moefx.graph._kind_base import Op, ParamRef, data, number, op, param_ref, params_of, reads, shape
 from moefx.graph._kind_spelling import Spelling
 
@@ -67,13 +68,29 @@ def _read_pointwise(node: Node, call: Spelling, kind: str, graph: Graph) -> Op:
     fused = _biased_linear(node, operands, options, graph) if kind == "add" else None
     if fused is not None:
         return fused
-    options.pop("inplace", None)
+    options = {k: v for k, v in options.items() if not _is_default(call.name, k, v)}
+    operands = operands[:1] if call.name in ("relu", "silu", "mish", "relu6", "selu", "hardswish") else operands
+    _name_options(call.name, operands, options)
     return Op(
         kind,
         call.name,
         data(node, graph),
         attrs={"operands": tuple(operands), "options": options, "in_place": call.in_place},
     )
+
+
+def _is_default(name: str, option: str, chosen: Any) -> bool:
+    return option == "inplace" or chosen is None or tables.DEFAULTS.get(name, {}).get(option, tables) == chosen
+
+
+def _name_options(name: str, operands: list[Any], options: dict[str, Any]) -> None:
+    """Turn trailing positional options into named ones, so that modules, functions and ATen calls compare equal."""
+    defaults = tables.DEFAULTS.get(name, {})
+    if name in tables.POSITIONAL:
+        for option, chosen in zip(defaults, operands[1:], strict=False):
+            if chosen != defaults[option]:
+                options[option] = chosen
+        del operands[1:]
 
 
 def _biased_linear(node: Node, operands: list[Any], options: dict[str, Any], graph: Graph) -> Op | None:

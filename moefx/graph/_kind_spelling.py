@@ -100,7 +100,7 @@ def _spell_module(node: Node, graph: Graph) -> Spelling | None:
         made = "multi_head_attention_forward", {}
     elif type(module) in tables.ACTIVATION_MODULES:
         made = tables.ACTIVATION_MODULES[type(module)](module)
-    elif isinstance(module, nn.Upsample | nn.PixelShuffle | nn.AvgPool2d | nn.MaxPool2d | nn.ConvTranspose2d):
+    elif isinstance(module, tables.RESAMPLE_MODULES):
         made = "interpolate", {}
     if made is None:
         return None

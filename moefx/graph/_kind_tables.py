@@ -167,6 +167,22 @@ NONLINEAR = frozenset(
 )
 
 
+# Options of pointwise functions with their defaults, in the order in which they may be given by position.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gelu": {"approximate": "none"},
+    "leaky_relu": {"negative_slope": 0.01},
+    "elu": {"alpha": 1.0},
+    "celu": {"alpha": 1.0},
+    "hardtanh": {"min_val": -1.0, "max_val": 1.0},
+    "softplus": {"beta": 1, "threshold": 20},
+    "softshrink": {"lambd": 0.5},
+    "hardshrink": {"lambd": 0.5},
+    "add": {"alpha": 1},
+    "sub": {"alpha": 1},
+}
+POSITIONAL = frozenset({"leaky_relu", "elu", "celu", "hardtanh", "softplus", "softshrink", "hardshrink"})
+
+
 def _activation(name: str, *fields: str) -> Callable[[nn.Module], tuple[str, dict[str, Any]]]:
     return lambda module: (name, {field: getattr(module, field) for field in fields})
 
@@ -205,3 +221,12 @@ NORM_MODULES: tuple[type[nn.Module], ...] = (
 DROPOUT_MODULES: tuple[type[nn.Module], ...] = (nn.modules.dropout._DropoutNd,)
 CONV_MODULES: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 RESHAPE_MODULES: tuple[type[nn.Module], ...] = (nn.Flatten, nn.Unflatten)
+RESAMPLE_MODULES: tuple[type[nn.Module], ...] = (
+    nn.Upsample,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.conv._ConvTransposeNd,
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from moefx.passes.analysis.attention import Stream, find_attentions
 from moefx.passes.analysis.context import Context
 from moefx.passes.analysis.ffn import find_ffns
 from moefx.passes.analysis.pointwise import Activation
@@ -13,7 +14,7 @@ from moefx.passes.analysis.site import Match, Miss, Site, Weight
 if TYPE_CHECKING:
     from moefx.graph import Graph
 
-__all__ = ["Activation", "Facts", "Match", "Miss", "Site", "Weight", "analyse", "misses", "sites"]
+__all__ = ["Activation", "Facts", "Match", "Miss", "Site", "Stream", "Weight", "analyse", "misses", "sites"]
 
 
 class Facts:
@@ -26,7 +27,7 @@ class Facts:
     @cached_property
     def attempts(self) -> list[Match | Miss]:
         """Every match and near miss."""
-        return find_ffns(self.context)
+        return [*find_ffns(self.context), *find_attentions(self.context)]
 
     @cached_property
     def sites(self) -> list[Site]:

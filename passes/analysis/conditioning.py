@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 TIMESTEP, LABEL, TEXT, TOKENS, POSITION, MASK = "timestep", "label", "text", "tokens", "position", "mask"
 _ALONG = MOVES | POINTWISE | {"gather", "outer", "cat", "stack", "reduce", "pad", "repeat", "dropout"}
-_TIME_NAME = re.compile(r"(^|_)(t|timesteps?|time|sigmas?|noise_levels?|tau)$")
+_TIME_NAME = re.compile(r"(^|_)(t|timesteps?|time|sigmas?|noise_levels?|tau)(_r|_ratio)?$")
 
 
 class Classes:
@@ -36,9 +36,10 @@ class Classes:
     def inputs(self) -> dict[Node, str]:
         """The class of every tensor input of the model."""
         ends = {node: self._ends(node) for node in self.flow.placeholders}
-        waves = [n for n in ends if "sinusoid" in ends[n] and n not in self.streams.aligned and self._per_sample(n)]
-        named = [n for n in ends if _TIME_NAME.search(n.name) and n not in self.streams.aligned and self._per_sample(n)]
-        times = [n for n in waves if n in named] or named[:1] or waves[:1]
+        free = [n for n in ends if n not in self.streams.aligned]
+        waves = [n for n in free if "sinusoid" in ends[n]]
+        named = [n for n in free if _TIME_NAME.search(n.name)]
+        times = [n for n in waves if n in named] or named or [n for n in waves if self._per_sample(n)][:1]
         return {node: TIMESTEP if node in times else self._class(node, ends[node]) for node in ends}
 
     def of(self, node: Node) -> frozenset[str]:
@@ -59,9 +60,10 @@ class Classes:
         if "projection" in ends:
             return LABEL
         example = value(node)
-        if isinstance(example, torch.Tensor) and example.dtype is torch.bool:
-            return MASK
-        return POSITION if "sinusoid" in ends or "product" in ends else MASK
+        if "sinusoid" in ends:
+            return POSITION
+        real = isinstance(example, torch.Tensor) and example.dtype.is_floating_point
+        return POSITION if "product" in ends and real else MASK
 
     def _ends(self, start: Node) -> frozenset[str]:
         """Walk on through pointwise operations and movement, and say what is met: what the model does with an input."""

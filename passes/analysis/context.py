@@ -40,9 +40,9 @@ class Context:
         """What every value depends on."""
         return Classes(self.flow, self.streams)
 
-    def role(self, stream: Node) -> Role:
-        """Return the role of a residual stream, from where it ends and what it depends on."""
-        if stream in self.streams.aligned:
+    def role(self, branch: Node, stream: Node) -> Role:
+        """Return the role of a branch of a residual stream, from where they end and what they depend on."""
+        if branch in self.streams.aligned or stream in self.streams.aligned:
             return "main"
         found = self.classes.of(stream)
         if "tokens" in found:

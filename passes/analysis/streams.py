@@ -79,11 +79,17 @@ class Streams:
                 return other
         return None
 
-    def _is_ancestor(self, stream: Node, source: Node) -> bool:
+    def _is_ancestor(self, stream: Node, source: Node, depth: int = 3) -> bool:
+        """Whether ``source`` is computed from ``stream``, or from it before parallel branches were added."""
         root = self.flow.unmoved(stream)
         what = self.flow.ops[root]
-        roots = [self.flow.unmoved(n) for n in what.inputs] if what.kind in ("cat", "stack") else []
-        return any(self.flow.depends(source, r) for r in (stream, root, *roots))
+        if self.flow.depends(source, stream) or self.flow.depends(source, root):
+            return True
+        if what.kind in ("cat", "stack"):
+            return any(self.flow.depends(source, self.flow.unmoved(n)) for n in what.inputs)
+        if what.kind != "add" or depth == 0:
+            return False
+        return any(is_whole_operand(n, root) and self._is_ancestor(n, source, depth - 1) for n in what.inputs)
 
     # -- alignment with the output -------------------------------------------------------------------------------------
 
@@ -131,7 +137,7 @@ class Streams:
         if what.kind in POINTWISE or what.kind == "complex":
             return [(n, box if shape(n) == shape(node) else _full(n)) for n in what.inputs if _covers(n, node)]
         if what.kind == "setitem":
-            return [(n, _full(n)) for n in what.inputs]
+            return [(n, _full(n)) for n in what.inputs[1:]]
         if what.kind in _LOCAL or (what.kind == "embedding" and what.inputs):
             return [(what.inputs[0], _full(what.inputs[0]))]
         return [(n, _full(n)) for n in what.inputs] if what.kind == "stack" else []
