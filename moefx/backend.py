@@ -88,12 +88,15 @@ def _lower(gm: fx.GraphModule, example_inputs: Sequence[Any], insist: bool) -> N
     if not found:
         return
     usable = [item for item in found if _usable(item, insist)]
+    kept = "where no kernel exists or none runs on the device" if len(usable) < len(found) else ""
     if usable and _needs_gradients(example_inputs):
-        logger.info("moefx keeps %d routed regions on the dialect ops: gradients are needed", len(usable))
-        usable = []
+        usable, kept = [], "because gradients are needed"
     text = describe(found)
     replaced = replace(gm, usable)
-    logger.info("moefx replaced %d of %d routed regions by kernels\n%s", replaced, len(found), text)
+    logger.info("moefx replaced %d of %d routed regions by kernels", replaced, len(found))
+    if kept:
+        logger.info("moefx keeps the dialect ops %s", kept)
+    logger.info("routed regions found:\n%s", text)
     trace_structured(
         "artifact", metadata_fn=lambda: {"name": "moefx_lowered", "encoding": "string"}, payload_fn=lambda: text
     )
