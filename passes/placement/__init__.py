@@ -1,0 +1,60 @@
+"""Placement: where experts live.
+
+``topology`` devices and links, ``collect`` and ``trace`` what the routers did, ``dims`` the model's sizes and the
+budget, ``strategy`` the registry, ``placement`` the result; one file per strategy. ``moefx.parallel`` carries it out.
+"""
+
+from __future__ import annotations
+
+from moefx.errors import InputError
+from moefx.passes.placement import contiguous, lpt, minimax_time
+from moefx.passes.placement.collect import TraceCollector, routed_layers
+from moefx.passes.placement.dims import Budget, ModelDims
+from moefx.passes.placement.placement import Placement
+from moefx.passes.placement.strategy import Strategy, get_strategy, register_strategy, strategies
+from moefx.passes.placement.topology import Topology
+from moefx.passes.placement.trace import RoutingTrace
+
+# Importing these modules registers their strategies.
+_MODULES = (contiguous, lpt, minimax_time)
+
+__all__ = [
+    "Budget",
+    "ModelDims",
+    "Placement",
+    "RoutingTrace",
+    "Strategy",
+    "Topology",
+    "TraceCollector",
+    "get_strategy",
+    "place",
+    "register_strategy",
+    "routed_layers",
+    "strategies",
+]
+
+
+def place(
+    trace: RoutingTrace,
+    topology: Topology,
+    dims: ModelDims,
+    strategy: str = "minimax_time",
+    budget: Budget | None = None,
+) -> Placement:
+    """Plan where the experts of a model live.
+
+    Args:
+        trace: what its routers did; see :class:`TraceCollector`.
+        topology: the devices.
+        dims: ``ModelDims.of(model)``.
+        strategy: a name from :func:`strategies`.
+        budget: memory and effort.
+
+    Raises:
+        OptionError: the strategy is unknown.
+        PlanError: the trace is of another model, there are more devices than experts, or memory is short.
+    """
+    for value, kind in ((trace, RoutingTrace), (topology, Topology), (dims, ModelDims)):
+        if not isinstance(value, kind):
+            raise InputError("place experts", found=f"a {type(value).__name__}", do=f"pass a {kind.__name__}")
+    return get_strategy(strategy)(trace, topology, dims, budget)
