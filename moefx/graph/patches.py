@@ -156,11 +156,17 @@ def _patch_autocast(replace: Callable[..., None], active: Callable[[], bool], tr
     init: Any = torch.autocast.__init__
 
     def plain_init(block: Any, *args: Any, **kwargs: Any) -> None:
-        init(block, *map(tracer.specialise, args), **{k: tracer.specialise(v) for k, v in kwargs.items()})
+        args = tuple(_known_device(tracer.specialise(a)) for a in args)
+        init(block, *args, **{k: _known_device(tracer.specialise(v)) for k, v in kwargs.items()})
 
     replace(torch.autocast, "__init__", plain_init)
     replace(torch.autocast, "__enter__", traced_enter)
     replace(torch.autocast, "__exit__", traced_leave)
+
+
+def _known_device(value: Any) -> Any:
+    # autocast knows no meta device; a graph traced there is never run, so any other will do.
+    return "cpu" if value == "meta" else value
 
 
 def clear_caches(root: nn.Module) -> None:

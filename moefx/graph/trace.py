@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Collection
 from typing import Any, Literal
 
 import torch
@@ -17,14 +18,17 @@ from moefx.graph.signature import CallSpec, Inputs, normalise_inputs
 from moefx.graph.tracer import GuidedTracer, NeedsData
 
 
-def trace(model: nn.Module, inputs: Inputs = None, *, leaf: Literal["nn", "children"] = "nn") -> Graph:
+def trace(
+    model: nn.Module, inputs: Inputs = None, *, leaf: Literal["nn", "children"] = "nn", expand: Collection[str] = ()
+) -> Graph:
     """Capture ``model`` on one example as a graph.
 
     Args:
         model: any module, on any device; on ``meta`` no weight is ever materialised.
         inputs: a dict of keyword arguments, a tuple of positional ones, or ``(tuple, dict)``; ``None`` synthesises them
             for models with a known input maker (every diffusers denoiser).
-        leaf: which modules stay nodes: those of ``torch.nn`` or all below ``model``.
+        leaf: which modules stay nodes: those of ``torch.nn``, or all below ``model`` but the paths in ``expand``.
+        expand: see ``leaf``.
 
     Raises:
         InputError: ``model`` is not a module, or the inputs do not fit it.
@@ -39,7 +43,7 @@ def trace(model: nn.Module, inputs: Inputs = None, *, leaf: Literal["nn", "child
     spec = CallSpec(model, args, kwargs)
     _check_devices(model, spec)
     try:
-        return _trace(model, spec, leaf, real=False)
+        return _trace(model, spec, leaf, expand, real=False)
     except NeedsData as reason:
         fake = any(isinstance(t, torch._subclasses.FakeTensor) for t in spec.examples)
         if fake or any(t.is_meta for t in [*model.parameters(), *model.buffers()]):
@@ -50,7 +54,7 @@ def trace(model: nn.Module, inputs: Inputs = None, *, leaf: Literal["nn", "child
             ) from None
     try:
         with torch.random.fork_rng(devices=[]):
-            return _trace(model, spec, leaf, real=True)
+            return _trace(model, spec, leaf, expand, real=True)
     except NeedsData as reason:
         raise CaptureError(
             f"trace {type(model).__name__}", found=str(reason), do="keep the data-dependent part out of forward"
@@ -63,9 +67,9 @@ def _example(model: nn.Module) -> Inputs:
     return synthesise(model)
 
 
-def _trace(model: nn.Module, spec: CallSpec, leaf: str, real: bool) -> Graph:
+def _trace(model: nn.Module, spec: CallSpec, leaf: str, expand: Collection[str], real: bool) -> Graph:
     modes = [t.fake_mode for t in spec.examples if isinstance(t, torch._subclasses.FakeTensor)]
-    tracer = GuidedTracer(model, leaf, real, modes[0] if modes else None)
+    tracer = GuidedTracer(model, leaf, real, modes[0] if modes else None, expand)
     snapshot = Snapshot(model)
     try:
         with torch.enable_grad():

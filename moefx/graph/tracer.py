@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -39,11 +39,19 @@ class NeedsData(BaseException):
 class GuidedTracer:
     """Builds one ``fx.Graph``.
 
-    ``leaf`` says which modules stay nodes: ``"nn"`` those of torch.nn, ``"children"`` all below the root. With ``real``
-    the example is really computed.
+    ``leaf`` says which modules stay nodes: ``"nn"`` those of torch.nn, ``"children"`` all below the root but those in
+    ``expand``. With ``real`` the example is really computed.
     """
 
-    def __init__(self, root: nn.Module, leaf: str, real: bool, mode: FakeTensorMode | None = None) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        leaf: str,
+        real: bool,
+        mode: FakeTensorMode | None = None,
+        expand: Collection[str] = (),
+    ) -> None:
+        self.expand = frozenset(expand)
         self.root, self.leaf, self.real = root, leaf, real
         self.graph = FxGraph()
         self.paths = {id(m): name for name, m in root.named_modules(remove_duplicate=True)}
@@ -266,7 +274,7 @@ class GuidedTracer:
         if module is self.root or isinstance(module, _CONTAINERS):
             return False
         if self.leaf == "children":
-            return True
+            return self.paths[id(module)] not in self.expand
         return type(module).__module__.startswith(("torch.nn.", "torch.ao.", "moefx."))
 
     def call_module(self, module: nn.Module, args: Any, kwargs: Any, call: Callable[..., Any]) -> Any:

@@ -46,6 +46,15 @@ def apply_changes(model: nn.Module, changes: list[Change]) -> list[Undo]:
     return done
 
 
+def changed_clone(module: nn.Module, change: Change) -> nn.Module:
+    """Return a shallow copy of ``module`` as it will be after ``change``; the two share their parameters."""
+    clone = module.__class__.__new__(module.__class__)
+    clone.__dict__.update(module.__dict__)
+    clone.__dict__["_modules"] = dict(module._modules)
+    _apply(clone, change, Undo(change.path))
+    return clone
+
+
 def undo_changes(model: nn.Module, undos: list[Undo]) -> None:
     """Put every module back, last change first."""
     for undo in reversed(undos):

@@ -6,7 +6,7 @@ whole model's example inputs.
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Collection
 from typing import Any, Literal
 
 import torch
@@ -68,17 +68,21 @@ def call_inputs(call: ModuleCall) -> JSON:
     return {"args": [encode(a) for a in call.args], "kwargs": {k: encode(v) for k, v in call.kwargs.items()}}
 
 
-def local_graph(module: nn.Module, inputs: JSON, leaf: Literal["nn", "children"]) -> Graph:
+def local_graph(
+    module: nn.Module, inputs: JSON, leaf: Literal["nn", "children"], expand: Collection[str] = ()
+) -> Graph:
     """Capture ``module`` alone, called with ``inputs``; equal in train and in eval mode.
+
+    With ``leaf="children"`` its children stay nodes, but for those in ``expand``.
 
     Raises:
         CaptureError: the module cannot be captured alone, or behaves otherwise in training.
     """
-    graph = _capture(module, inputs, leaf)
+    graph = _capture(module, inputs, leaf, expand)
     was = module.training
     try:
         _set_mode(module, not was)
-        other = _capture(module, inputs, leaf)
+        other = _capture(module, inputs, leaf, expand)
     finally:
         _set_mode(module, was)
     difference = _difference(graph, other)
@@ -91,13 +95,17 @@ def local_graph(module: nn.Module, inputs: JSON, leaf: Literal["nn", "children"]
     return graph
 
 
-def _capture(module: nn.Module, inputs: JSON, leaf: Literal["nn", "children"]) -> Graph:
+def example_call(module: nn.Module, inputs: JSON, mode: FakeTensorMode) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the described inputs as fake tensors on the module's device."""
     tensors = [*module.parameters(), *module.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    rebuild = functools.partial(decode, mode=mode, device=device)
-    args = tuple(rebuild(a) for a in inputs["args"])
-    return trace(module, (args, {k: rebuild(v) for k, v in inputs["kwargs"].items()}), leaf=leaf)
+    args = tuple(decode(a, mode, device) for a in inputs["args"])
+    return args, {k: decode(v, mode, device) for k, v in inputs["kwargs"].items()}
+
+
+def _capture(module: nn.Module, inputs: JSON, leaf: Literal["nn", "children"], expand: Collection[str]) -> Graph:
+    call = example_call(module, inputs, FakeTensorMode(allow_non_fake_inputs=True))
+    return trace(module, call, leaf=leaf, expand=expand)
 
 
 def _set_mode(module: nn.Module, training: bool) -> None:

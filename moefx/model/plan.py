@@ -32,8 +32,8 @@ class TapPlan(_Data):
 class SitePlan(_Data):
     """One site to rewrite.
 
-    ``module`` is the module that is replaced as a whole, ``block`` the one whose own forward is rewritten; a site has one
-    or both. ``weights`` identify the site inside the block. Counts are per token for compute, in elements for parameters.
+    ``module`` is the module that is replaced as a whole, ``block`` the one whose own forward is rewritten (with the
+    children in ``expand`` written out); a site has one or both. ``weights`` identify the site inside the block. Counts are per token for compute, in elements for parameters.
     """
 
     name: str
@@ -46,6 +46,7 @@ class SitePlan(_Data):
     module_inputs: JSON | None = None
     block: str | None = None
     block_inputs: JSON | None = None
+    expand: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
     taps: tuple[TapPlan, ...] = ()
     calls: int = 1

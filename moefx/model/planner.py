@@ -13,11 +13,14 @@ from torch.utils import _pytree as pytree
 from moefx.errors import CaptureError, MoefxError, NothingMatched, PlanError
 from moefx.graph import Graph, ModuleCall
 from moefx.graph.origin import show_source
+from moefx.model.forward import make_forward
 from moefx.model.local import call_inputs, encode, local_graph
 from moefx.model.plan import Cost, PassPlan, Plan, SitePlan, SkippedSite, TapPlan
+from moefx.model.realise import find_site
 from moefx.model.select import Patterns, check_patterns, patterns, selected
 from moefx.model.taps import choose_tap
 from moefx.passes.analysis import Facts, analyse
+from moefx.passes.analysis.local import weight_names
 from moefx.passes.analysis.site import Site
 from moefx.passes.rewrite.base import Pass
 
@@ -68,6 +71,7 @@ def _plan_rule(
     left: list[SkippedSite] = []
     every = int(getattr(rule.options, "every", 1))
     done: dict[str, SitePlan] = {}
+    outputs: dict[Node, str] = {}
     count = 0
     for site in facts.sites:
         if site.kind != rule.site_kind:
@@ -77,6 +81,8 @@ def _plan_rule(
                 raise Skip("not selected")
             if site.region_is_module and site.path in done:
                 continue
+            if site.output in outputs:
+                raise Skip(f"it shares its output projection with {outputs[site.output]}, which is rewritten")
             refusal = rule.refusal(site)
             if refusal:
                 raise Skip(refusal)
@@ -84,6 +90,7 @@ def _plan_rule(
             if (count - 1) % every:
                 raise Skip(f"only every {every}. site is rewritten")
             plan = done[site.path] = _plan_site(graph, facts, rule, site)
+            outputs[site.output] = site.name
             taken.append(plan)
         except Skip as reason:
             left.append(_skipped(site, rule, str(reason)))
@@ -114,7 +121,7 @@ def _plan_site(graph: Graph, facts: Facts, rule: Pass, site: Site) -> SitePlan:
         "flavour": site.flavour,
         "role": site.role,
         "rule": rule.name,
-        "weights": tuple(sorted(w.fqn for w in site.weights().values())),
+        "weights": weight_names(site),
         "calls": sum(s.path == site.path and s.kind == site.kind for s in facts.sites),
         "parameters_before": costs.parameters_before,
         "parameters_after": costs.parameters_after,
@@ -161,9 +168,11 @@ def _plan_block(graph: Graph, facts: Facts, rule: Pass, site: Site, path: str) -
         if len(calls) > 1:
             raise Skip(f"{path!r} is called {len(calls)} times in one forward")
         inputs = call_inputs(calls[0]) if path else _root_inputs(graph)
-        taps = _block_taps(graph, facts, rule, site, path, calls, inputs)
+        inline = not (site.region_is_module and site.kind == "ffn")
+        expand = _expand(graph, site, path) if inline else ()
+        taps = _block_taps(graph, facts, rule, site, path, calls, inputs, expand, inline)
         if taps is not None:
-            return {"block": path, "block_inputs": inputs, "taps": taps}
+            return {"block": path, "block_inputs": inputs, "expand": expand, "taps": taps}
         if not path:
             raise Skip(f"no module sees both the site and {', '.join(rule.taps)}")
         path = _parent(path)
@@ -175,11 +184,34 @@ def _root_inputs(graph: Graph) -> dict[str, Any]:
     return {"args": [encode(a) for a in args], "kwargs": {k: encode(v) for k, v in kwargs.items()}}
 
 
+def _expand(graph: Graph, site: Site, block: str) -> tuple[str, ...]:
+    """Return the modules inside ``block`` through which the site's region runs: they must not stay opaque there."""
+    prefix = f"{block}." if block else ""
+    region = set(site.nodes)
+    inner = {c.path for c in graph.calls if c.path.startswith(prefix) and c.path != block and region & set(c.nodes)}
+    return tuple(sorted(path.removeprefix(prefix) for path in inner))
+
+
 def _block_taps(
-    graph: Graph, facts: Facts, rule: Pass, site: Site, path: str, calls: list[ModuleCall], inputs: dict[str, Any]
+    graph: Graph,
+    facts: Facts,
+    rule: Pass,
+    site: Site,
+    path: str,
+    calls: list[ModuleCall],
+    inputs: dict[str, Any],
+    expand: tuple[str, ...],
+    inline: bool,
 ) -> tuple[TapPlan, ...] | None:
-    """Capture the block and look for every tap in it; None when one is out of sight."""
-    local = local_graph(graph.root.get_submodule(path), inputs, "children")
+    """Capture the block, find the site in it, and look for every tap; None when a tap is out of sight.
+
+    Raises:
+        CaptureError, PlanError: the block cannot be rewritten faithfully.
+    """
+    local = local_graph(graph.root.get_submodule(path), inputs, "children", expand)
+    make_forward(local)
+    if inline:
+        find_site(local, path, site.kind, weight_names(site))
     taps = []
     for name in rule.taps:
         node = choose_tap(name, facts, calls[0] if calls else None, local)

@@ -6,10 +6,10 @@ Nothing here mutates the model: modules are captured alone, replacements are bui
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 
-import torch
 from torch import nn
 from torch.fx import Node
 
@@ -21,7 +21,7 @@ from moefx.model.forward import has_own_forward, make_forward
 from moefx.model.install import Change
 from moefx.model.local import JSON, local_graph
 from moefx.model.plan import Plan, SitePlan
-from moefx.passes.analysis.local import local_sites
+from moefx.passes.analysis.local import local_sites, weight_names
 from moefx.passes.analysis.site import Site
 from moefx.passes.rewrite.base import Context, Edit, Pass, get_pass
 
@@ -114,22 +114,22 @@ def _rewrite_block(
     module = find_module(model, path)
     inputs = plans[0].block_inputs
     assert inputs is not None
-    graph = local_graph(module, inputs, "children")
+    expand = {path for plan in plans for path in plan.expand}
+    graph = local_graph(module, inputs, "children", expand)
     before = {str(n.target) for n in graph.fx.nodes if n.op == "call_module"}
     children: dict[str, nn.Module | None] = {}
     made: list[Realised] = []
     for plan in plans:
         rule = rules[plan.rule]
         taps = {tap.name: _node(graph, tap.node, path) for tap in plan.taps}
-        if plan.module is not None:
-            realised, edit = _tapped_child(model, graph, plan, rule, taps, seed)
-        else:
-            realised, edit = _inline_site(graph, path, plan, rule, taps, seed)
+        with future_children(module, children):
+            rewrite = _inline_site if plan.module is None else _tapped_child
+            realised, edit = rewrite(model, graph, plan, rule, taps, seed)
         children |= edit.children
         made.append(realised)
     after = {str(n.target) for n in graph.fx.nodes if n.op == "call_module"}
-    children |= dict.fromkeys(t for t in before - after if "." not in t)
-    with _children(module, children):
+    children |= dict.fromkeys(sorted(t for t in before - after if "." not in t))
+    with future_children(module, children):
         verify_graph(graph, f"rewriting {path!r}")
     return Change(path, children, make_forward(graph)), made
 
@@ -157,16 +157,25 @@ def _after_all(graph: Graph, nodes: list[Node]) -> Node:
 
 
 def _inline_site(
-    graph: Graph, path: str, plan: SitePlan, rule: Pass, taps: dict[str, Node], seed: int
+    model: nn.Module, graph: Graph, plan: SitePlan, rule: Pass, taps: dict[str, Node], seed: int
 ) -> tuple[Realised, Edit]:
     """Let the rule rewrite a site that is written in the block's own forward."""
+    site = find_site(graph, plan.block or "", plan.kind, plan.weights)
+    edit = rule.edit(Context(graph=graph, site=site, name=plan.name, taps=taps, seed=seed, whole=False))
+    return Realised(plan, rule, None, site, edit.routed), edit
+
+
+def find_site(graph: Graph, path: str, kind: str, weights: tuple[str, ...]) -> Site:
+    """Return the site of a local graph that has exactly these parameters.
+
+    Raises:
+        PlanError: there is none.
+    """
     prefix = f"{path}." if path else ""
     for site in local_sites(graph):
-        names = tuple(sorted(prefix + w.fqn for w in site.weights().values()))
-        if site.kind == plan.kind and names == plan.weights:
-            edit = rule.edit(Context(graph=graph, site=site, name=plan.name, taps=taps, seed=seed, whole=False))
-            return Realised(plan, rule, None, site, edit.routed), edit
-    raise PlanError(f"rewrite {plan.name}", found=f"the site is not visible in {path!r} alone", do="skip this site")
+        if site.kind == kind and tuple(prefix + name for name in weight_names(site)) == weights:
+            return site
+    raise PlanError(f"rewrite {path!r}", found=f"its {kind} is not visible when it is captured alone", do="skip it")
 
 
 def _node(graph: Graph, name: str, path: str) -> Node:
@@ -176,28 +185,15 @@ def _node(graph: Graph, name: str, path: str) -> Node:
     raise PlanError(f"wire a tap in {path!r}", found=f"no value {name!r}", do="plan the model again")
 
 
-class _children:  # noqa: N801 - a context manager used like a function
-    """Let ``module`` have its future children while the rewritten graph is checked."""
-
-    def __init__(self, module: nn.Module, children: dict[str, nn.Module | None]) -> None:
-        self.module, self.new = module, children
-
-    def __enter__(self) -> None:
-        self.old = dict(self.module._modules)
-        for name, child in self.new.items():
+@contextmanager
+def future_children(module: nn.Module, children: dict[str, nn.Module | None]) -> Iterator[None]:
+    """Let ``module`` have its future children for a moment."""
+    old = dict(module._modules)
+    try:
+        for name, child in children.items():
             if child is not None:
-                self.module._modules[name] = child
-
-    def __exit__(self, *exc: object) -> None:
-        self.module._modules.clear()
-        self.module._modules.update(self.old)
-
-
-def replaced_parameters(model: nn.Module, changes: list[Change]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the parameters that leave the model."""
-    for change in changes:
-        module = model.get_submodule(change.path)
-        for name in change.children:
-            if name in module._modules:
-                for sub, parameter in module.get_submodule(name).named_parameters():
-                    yield f"{change.path}.{name}.{sub}".removeprefix("."), parameter
+                module._modules[name] = child
+        yield
+    finally:
+        module._modules.clear()
+        module._modules.update(old)

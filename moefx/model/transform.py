@@ -18,7 +18,7 @@ from moefx.model.planner import make_plan
 from moefx.model.realise import Realised, realise
 from moefx.model.report import Report
 from moefx.model.select import Patterns
-from moefx.model.verify import TOLERANCE, check_sites, check_weights, compare_models, run
+from moefx.model.verify import TOLERANCE, check_blocks, check_sites, check_weights, compare_models, run
 from moefx.passes.rewrite.base import Pass
 
 
@@ -100,7 +100,7 @@ def transform_model(
     with clock.stage("rewrite"):
         changes, built = realise(model, plan)
     with clock.stage("verify"):
-        checks = check_sites(built, seed) if whole else []
+        checks = [*check_sites(built, seed), *check_blocks(model, changes, built, seed)] if whole else []
     with clock.stage("rewrite"):
         undos = apply_changes(model, changes)
     try:

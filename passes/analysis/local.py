@@ -20,6 +20,17 @@ class _LocalStreams(Streams):
         return super().residual(branch, source) or Residual(branch, source)
 
 
+def weight_names(site: Site) -> tuple[str, ...]:
+    """Return the parameters of a site, all token streams of an attention included: they identify it in any graph."""
+    streams = site.operands.get("streams", ())
+    # Which stream is the main one, and so whose biases are named, depends on the graph around: leave biases out.
+    names = set() if streams else {weight.fqn for weight in site.weights().values()}
+    for stream in streams:
+        parts = [part for part in (stream.q, stream.k, stream.v, stream.out) if part is not None]
+        names |= {part.weight.fqn for part in parts}
+    return tuple(sorted(names))
+
+
 def local_sites(graph: Graph) -> list[Site]:
     """Return the sites of a local graph, in program order.
 

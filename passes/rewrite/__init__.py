@@ -1,9 +1,9 @@
 """Rewriting passes, one file each."""
 
-from moefx.passes.rewrite import upcycle
+from moefx.passes.rewrite import mixture_of_heads, upcycle
 from moefx.passes.rewrite.base import Contract, Costs, Edit, Options, Pass, get_pass, passes, register_pass
 
 # Importing these modules registers their passes.
-_MODULES = (upcycle,)
+_MODULES = (mixture_of_heads, upcycle)
 
 __all__ = ["Contract", "Costs", "Edit", "Options", "Pass", "get_pass", "passes", "register_pass"]

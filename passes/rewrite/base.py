@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -67,6 +67,15 @@ class Context:
         """Return a generator that depends on the seed, the site's name and ``purpose`` only."""
         key = zlib.crc32(f"{self.seed}/{self.name}/{purpose}".encode())
         return torch.Generator().manual_seed(key)
+
+    def free_name(self, stem: str, taken: Collection[str] = ()) -> str:
+        """Return a child name that neither the module nor its rewritten graph uses yet."""
+        used = {str(node.target) for node in self.graph.fx.nodes if node.op == "call_module"} | set(taken)
+        name, i = stem, 0
+        while hasattr(self.graph.root, name) or name in used:
+            i += 1
+            name = f"{stem}_{i}"
+        return name
 
 
 class Pass(ABC):

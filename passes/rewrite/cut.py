@@ -34,7 +34,7 @@ def cannot_cut(site: Site) -> str:
 def splice_ffn(context: Context, rule: str, routed: nn.Module) -> dict[str, nn.Module | None]:
     """Let the local graph call ``routed`` instead of the dense FFN; return the children it now needs."""
     site, splice = context.site, Splice(context.graph, rule)
-    down, name = site.output, _free_name(context.graph.root)
+    down, name = site.output, context.free_name(CHILD)
     arguments = (site.operands["x"], *context.taps.values())
     moe = splice.call_module(name, arguments, around=down, val=down.meta["val"])
     children: dict[str, nn.Module | None] = {name: routed}
@@ -61,11 +61,3 @@ def _kept_projection(context: Context, columns: list[Weight]) -> nn.Linear:
     if isinstance(bias, Weight):
         linear.bias = nn.Parameter(bias.tensor(context.graph).detach().clone())
     return linear.train(context.graph.root.training)
-
-
-def _free_name(module: nn.Module) -> str:
-    name, i = CHILD, 0
-    while hasattr(module, name):
-        i += 1
-        name = f"{CHILD}_{i}"
-    return name

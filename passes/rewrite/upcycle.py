@@ -28,6 +28,7 @@ from moefx.routing.initialise import (
     untie,
 )
 from moefx.routing.moe import RoutedFFN
+from moefx.routing.layout import OnAxis
 from moefx.routing.normalise import SUM_TO_ONE, default_mode
 from moefx.routing.router import LinearRouter
 
@@ -179,7 +180,7 @@ class Upcycle(Pass):
             return Edit(routed=routed)
         return Edit(routed=routed, children=splice_ffn(context, self.name, routed))
 
-    def build(self, context: Context) -> RoutedFFN:
+    def build(self, context: Context) -> nn.Module:
         """Return the routed FFN that stands where ``context.site`` stood."""
         o, site = self.options, context.site
         dense = dense_weights(site, context.graph)
@@ -209,6 +210,9 @@ class Upcycle(Pass):
             shared_scale=shared_scale,
             selection_bias=o.selection_bias,
         )
+        axis = int(site.shapes["axis"])
+        if axis != len(site.shapes["x"]) - 1:
+            return OnAxis(routed, axis).train(context.graph.root.training)
         return routed.train(context.graph.root.training)
 
     def _router(self, context: Context, dim: int, device: torch.device) -> LinearRouter:

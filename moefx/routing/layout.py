@@ -1,0 +1,27 @@
+"""Routing where the features are not the last dimension, as after a 1x1 convolution."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class OnAxis(nn.Module):
+    """Apply ``inner`` to features that lie along dimension ``axis``: every other position is a token.
+
+    Args:
+        inner: maps ``[B, ..., D]`` to ``[B, ..., D_o]``.
+        axis: the dimension of the features, such as 1 for images ``[B, D, H, W]``.
+    """
+
+    def __init__(self, inner: nn.Module, axis: int) -> None:
+        super().__init__()
+        self.inner, self.axis = inner, axis
+
+    def forward(self, x: Tensor, *taps: Tensor) -> Tensor:
+        """Map ``[B, ..., D, ...]`` to ``[B, ..., D_o, ...]``."""
+        y: Tensor = self.inner(x.movedim(self.axis, -1), *taps)
+        return y.movedim(-1, self.axis)
+
+    def extra_repr(self) -> str:
+        """Describe the module in ``print(model)``."""
+        return f"axis={self.axis}"
