@@ -7,6 +7,7 @@ what each rewrite promised, plan where experts live, and emit fused kernels.
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from moefx.api import misses, plan, sites, transform, untransform
     from moefx.errors import MoefxError
     from moefx.graph import Graph, trace
+    from moefx.model.load import load
+    from moefx.model.save import save
     from moefx.training import aux_loss, health
 
 _PUBLIC = {
@@ -22,8 +25,10 @@ _PUBLIC = {
     "MoefxError": "moefx.errors",
     "aux_loss": "moefx.training",
     "health": "moefx.training",
+    "load": "moefx.model.load",
     "misses": "moefx.api",
     "plan": "moefx.api",
+    "save": "moefx.model.save",
     "sites": "moefx.api",
     "trace": "moefx.graph",
     "transform": "moefx.api",
@@ -36,6 +41,9 @@ __all__ = [*_PUBLIC, "__version__"]  # noqa: PLE0604 - names are strings
 def __getattr__(name: str) -> Any:
     """Load the public names when they are first used, so that ``import moefx`` stays quick."""
     if name not in _PUBLIC:
+        if name.startswith("Moefx") or (name == "ModelMixin" and "diffusers" in sys.modules):
+            # Diffusers looks here for the class of a saved component, and for the base that says how to load it.
+            return importlib.import_module("moefx.model.diffusers").lookup(name)
         raise AttributeError(f"module 'moefx' has no attribute {name!r}")
     found = getattr(importlib.import_module(_PUBLIC[name]), name)
     globals()[name] = found

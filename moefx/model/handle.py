@@ -21,10 +21,10 @@ ATTRIBUTE = "moefx"
 
 @dataclass
 class Applied:
-    """One transform: its report, and how to undo it."""
+    """One transform: its report, how to undo it (None after loading), and the class of the model before it."""
 
     report: Report
-    undos: list[Undo]
+    undos: list[Undo] | None
     model_class: type[nn.Module]
 
 

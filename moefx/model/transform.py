@@ -11,6 +11,7 @@ from torch import nn
 from moefx.errors import InputError, PlanError, VerifyError
 from moefx.graph import Graph, trace
 from moefx.graph.signature import Inputs
+from moefx.model.diffusers import as_saved_class
 from moefx.model.handle import ATTRIBUTE, Applied, Handle, applied_passes, handle_of
 from moefx.model.install import apply_changes, undo_changes
 from moefx.model.plan import Plan
@@ -101,6 +102,7 @@ def transform_model(
         changes, built = realise(model, plan)
     with clock.stage("verify"):
         checks = [*check_sites(built, seed), *check_blocks(model, changes, built, seed)] if whole else []
+    was = type(model)
     with clock.stage("rewrite"):
         undos = apply_changes(model, changes)
     try:
@@ -124,7 +126,7 @@ def transform_model(
         unverified="" if whole else "the weights are on meta" if meta else "verify=False",
         seconds=clock.seconds,
     )
-    attach(model, Applied(report, undos, type(model)))
+    attach(model, Applied(report, undos, was))
     return model
 
 
@@ -137,12 +139,13 @@ def _model_bound(graph: Graph, built: Sequence[Realised]) -> float:
 
 
 def attach(model: nn.Module, applied: Applied) -> None:
-    """Give ``model`` its namespace ``model.moefx``."""
+    """Give ``model`` its namespace ``model.moefx`` and, if it comes from diffusers, a class that only moefx loads."""
     handle = handle_of(model)
     if handle is None:
         handle = Handle(model)
         model.__dict__[ATTRIBUTE] = handle
     handle.applied.append(applied)
+    as_saved_class(model)
 
 
 def untransform_model(model: nn.Module) -> nn.Module:
@@ -165,6 +168,7 @@ def untransform_model(model: nn.Module) -> nn.Module:
             do="load the dense model instead",
         )
     for applied in reversed(handle.applied):
+        assert applied.undos is not None
         undo_changes(model, applied.undos)
         model.__class__ = applied.model_class
     del model.__dict__[ATTRIBUTE]
