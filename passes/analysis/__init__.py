@@ -5,16 +5,43 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from torch.fx import Node
+
 from moefx.passes.analysis.attention import Stream, find_attentions
+from moefx.passes.analysis.blocks import find_blocks
 from moefx.passes.analysis.context import Context
+from moefx.passes.analysis.cost import Costs, NodeCost, cost
 from moefx.passes.analysis.ffn import find_ffns
+from moefx.passes.analysis.modulation import Modulation, Tap, conditioning, modulation, timestep_taps
 from moefx.passes.analysis.pointwise import Activation
 from moefx.passes.analysis.site import Match, Miss, Site, Weight
 
 if TYPE_CHECKING:
     from moefx.graph import Graph
 
-__all__ = ["Activation", "Facts", "Match", "Miss", "Site", "Stream", "Weight", "analyse", "misses", "sites"]
+__all__ = [
+    "Activation",
+    "Costs",
+    "Facts",
+    "Match",
+    "Miss",
+    "Modulation",
+    "NodeCost",
+    "Site",
+    "Stream",
+    "Tap",
+    "Weight",
+    "analyse",
+    "conditioning",
+    "cost",
+    "misses",
+    "modulation",
+    "sites",
+    "timestep_taps",
+]
+
+
+_KINDS = ("ffn", "attention", "block")
 
 
 class Facts:
@@ -29,11 +56,26 @@ class Facts:
         """Every match and near miss."""
         return [*find_ffns(self.context), *find_attentions(self.context)]
 
+    def taps(self, before: Node | None = None) -> list[Tap]:
+        """Return where the timestep can be read before a node; see :func:`timestep_taps`."""
+        return timestep_taps(self.context, before)
+
+    def modulation(self, site: Site) -> Modulation:
+        """Return the shift, scale and gate of a site."""
+        return modulation(self.context, site)
+
+    @cached_property
+    def costs(self) -> Costs:
+        """Floating point operations, bytes and parameters per node."""
+        return Costs(self.context.flow)
+
     @cached_property
     def sites(self) -> list[Site]:
         """All sites, in program order of their outputs."""
         order = self.context.flow.index
-        return sorted((a.site for a in self.attempts if isinstance(a, Match)), key=lambda s: (order[s.output], s.kind))
+        layers = [a.site for a in self.attempts if isinstance(a, Match)]
+        blocks = [a.site for a in find_blocks(self.context, layers)]
+        return sorted([*layers, *blocks], key=lambda s: (order[s.output], _KINDS.index(s.kind)))
 
     @cached_property
     def misses(self) -> list[Miss]:

@@ -40,7 +40,11 @@ class Classes:
         waves = [n for n in free if "sinusoid" in ends[n]]
         named = [n for n in free if _TIME_NAME.search(n.name)]
         times = [n for n in waves if n in named] or named or [n for n in waves if self._per_sample(n)][:1]
-        return {node: TIMESTEP if node in times else self._class(node, ends[node]) for node in ends}
+        found = {node: TIMESTEP if node in times else self._class(node, ends[node]) for node in ends}
+        if TOKENS not in found.values():
+            # No input reaches the output token by token (a classifier): the largest ones are the tokens.
+            found = {node: TOKENS if kind == TEXT else kind for node, kind in found.items()}
+        return found
 
     def of(self, node: Node) -> frozenset[str]:
         """Return the classes of inputs that ``node`` depends on; empty for a constant."""

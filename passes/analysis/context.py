@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch.fx import Node
 
+from moefx.graph.kinds import shape
 from moefx.passes.analysis.conditioning import Classes
 from moefx.passes.analysis.flow import Flow
 from moefx.passes.analysis.hidden import Hiddens
@@ -50,6 +51,11 @@ class Context:
         if "text" in found:
             return "refiner"
         return "conditioning" if found & {"timestep", "label"} else "side"
+
+    def per_sample(self, node: Node) -> bool:
+        """Whether ``node`` holds one vector or number per sample: shape ``[B]``, ``[B, D]`` or ``[B, 1, ..., D]``."""
+        sizes = shape(node)
+        return sizes is not None and len(sizes) >= 1 and all(size == 1 for size in sizes[1:-1])
 
     def name(self, place: Place, suffix: str) -> str:
         """Return a unique site name."""

@@ -1,7 +1,7 @@
 """Attention cores: the place where queries meet keys, in every spelling.
 
-``sdpa`` is one fused node; ``softmax`` is ``softmax(q @ k.T) @ v`` written out; ``scores`` the same with another function
-than softmax; ``linear`` is ``(v @ k.T) @ q`` without scores; ``mha`` is an opaque ``nn.MultiheadAttention``.
+``sdpa`` is one fused node; ``softmax`` is ``softmax(q @ k.T) @ v`` written out; ``scores`` the same with another
+function than softmax; ``linear`` is ``(v @ k.T) @ q`` without scores; ``mha`` an opaque ``nn.MultiheadAttention``.
 """
 
 from __future__ import annotations

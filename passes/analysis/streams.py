@@ -101,7 +101,7 @@ class Streams:
             if self.flow.ops[node].kind == "output":
                 reads: list[tuple[Node, Box | None]] = [(n, _full(n)) for n in self.flow.ops[node].inputs]
             else:
-                reads = [read for box in found.get(node, ()) for read in self._backward(node, box)]
+                reads = [read for box in found.get(node, ()) for read in self.back(node, box)]
             for source, box in reads:
                 _add(found, source, box)
                 for writer in self.flow.writes(source):
@@ -123,7 +123,8 @@ class Streams:
             return True
         return all(max(a, c) < min(b, d) for (a, b), (c, d) in zip(region, box, strict=True))
 
-    def _backward(self, node: Node, box: Box) -> list[tuple[Node, Box | None]]:
+    def back(self, node: Node, box: Box) -> list[tuple[Node, Box | None]]:
+        """Return the inputs that ``node`` carries token by token, with the part that part ``box`` of it comes from."""
         what = self.flow.ops[node]
         if what.kind == "cat":
             return self._uncat(node, box)
