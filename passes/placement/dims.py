@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
@@ -38,16 +39,17 @@ class ModelDims:
         """
         layers = routed_layers(model)
         stacked = {
-            name: sum(p.nbytes for key, p in layer.experts.named_parameters(recurse=False) if key != _NOT_STACKED)
+            name: [p for key, p in layer.experts.named_parameters(recurse=False) if key != _NOT_STACKED]
             for name, layer in layers.items()
         }
-        counts = {name: layer.experts.num_experts for name, layer in layers.items()}
         total = sum(p.nbytes for p in model.parameters())
         return cls(
             layers=tuple(layers),
-            experts=tuple(counts.values()),
-            expert_bytes=tuple(stacked[name] // counts[name] for name in layers),
-            shared_bytes=total - sum(stacked.values()),
+            experts=tuple(layer.experts.num_experts for layer in layers.values()),
+            expert_bytes=tuple(
+                sum(p.element_size() * math.prod(p.shape[1:]) for p in stacked[name]) for name in layers
+            ),
+            shared_bytes=total - sum(p.nbytes for parameters in stacked.values() for p in parameters),
         )
 
 

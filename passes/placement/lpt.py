@@ -1,8 +1,8 @@
 """Balanced greedy: the hottest expert first, always to the device that would be done earliest and has a free slot.
 
 Longest processing time first (Graham, 1969) with equally many experts per device, then exchanges of two experts. It
-reads the load summed over noise levels, as planners for language models do. That is the right input only where load does
-not depend on time; see ``minimax_time``.
+reads the load summed over noise levels, as planners for language models do: the right input only where load does not
+depend on time; see ``minimax_time``.
 
 Legend: E experts of a layer, G devices.
 """

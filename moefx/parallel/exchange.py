@@ -1,0 +1,107 @@
+"""Rows between processes, with gradients: torch's functional all-to-all and its transpose.
+
+Every call is a collective: each rank of the group makes it, in the same order, with no rows too. On gloo, splits may be
+uneven or zero; the list forms of the collectives may not, hence ``all_to_all_single`` only.
+
+Legend: R rows, D width, T tokens, K slots per token, E experts, G ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import _functional_collectives as fc
+
+from moefx import ops
+
+Splits = list[int]
+
+
+def exchange(rows_RD: Tensor, sent: Splits, received: Splits, group: Any) -> Tensor:
+    """Send ``sent[g]`` consecutive rows to each rank g and return what arrived, by sender.
+
+    Args:
+        rows_RD: rows in the order of their receivers.
+        sent: rows for each rank ``[G]``, in all R.
+        received: rows from each rank ``[G]``.
+        group: the ranks: a process group or its name.
+    """
+    out: Tensor = _Exchange.apply(rows_RD, sent, received, group)  # type: ignore[no-untyped-call]
+    return out
+
+
+def exchange_counts(counts_E: Tensor, experts_per_rank: Splits, rank: int, group: Any) -> Tensor:
+    """Return how many rows each rank will send to each expert of this one, ``[G, E_local]``.
+
+    Args:
+        counts_E: rows of this rank for every expert, experts in the order of their ranks.
+        experts_per_rank: ``[G]``, in all E.
+        rank: this one.
+        group: the ranks.
+    """
+    mine = experts_per_rank[rank]
+    arrived = _all_to_all(counts_E, experts_per_rank, [mine] * len(experts_per_rank), group)
+    return arrived.view(len(experts_per_rank), mine)
+
+
+def sorted_rows(x_TD: Tensor, order_R: Tensor, k: int) -> Tensor:
+    """Return the token of each sorted (token, slot) pair, ``[T*K, D]``; the gradient is summed without atomics."""
+    out: Tensor = _SortedRows.apply(x_TD, order_R, k)  # type: ignore[no-untyped-call]
+    return out
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """Return ``x``; its gradient is multiplied by ``factor``."""
+    if factor == 1.0:
+        return x
+    out: Tensor = _ScaleGradient.apply(x, factor)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _all_to_all(rows: Tensor, sent: Splits, received: Splits, group: Any) -> Tensor:
+    out = fc.all_to_all_single(rows.contiguous(), received, sent, group)
+    return out.wait() if isinstance(out, fc.AsyncCollectiveTensor) else out
+
+
+class _Exchange(torch.autograd.Function):
+    # The functional collective has a gradient of its own, but under another name in each torch release.
+
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, sent: Splits, received: Splits, group: Any) -> Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        return _all_to_all(rows_RD, sent, received, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _all_to_all(grad, ctx.received, ctx.sent, ctx.group), None, None, None
+
+
+class _SortedRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, order_R: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(order_R)
+        ctx.k = k
+        return x_TD.index_select(0, order_R // k)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
+        (order_R,) = ctx.saved_tensors
+        wide = torch.promote_types(grad_RD.dtype, torch.float32)
+        ones_TK = grad_RD.new_ones((order_R.shape[0] // ctx.k, ctx.k), dtype=wide)
+        return ops.combine(grad_RD.contiguous(), order_R, ones_TK), None, None
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None

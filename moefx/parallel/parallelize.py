@@ -1,0 +1,140 @@
+"""Carry out a placement on the running job: each process keeps the experts that live on it.
+
+Legend: L routed layers, G ranks.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
+
+from moefx.errors import InputError, MoefxError, PlanError
+from moefx.parallel.agree import agree, structure_digest, weights_digest
+from moefx.parallel.experts import ParallelExperts
+from moefx.passes.placement import ModelDims, Placement, routed_layers
+
+Model = TypeVar("Model", bound=nn.Module)
+_NO_DIGEST = bytes(32)
+
+
+def parallelize(model: Model, mesh: DeviceMesh | None, placement: Placement, *, verify: bool = True) -> Model:
+    """Keep on each process only its experts, in place, and return ``model``.
+
+    Call it on every rank, with the same whole model and the same placement. Each rank then runs its own share of the
+    batch; tokens travel to their experts and back. Everything but the experts stays replicated: average its gradients
+    with :func:`average_gradients`, or wrap the model in ``DistributedDataParallel``, which leaves the experts alone.
+    All ranks must make the same calls, backward passes included: each holds a part of every layer.
+
+    Args:
+        model: a model with routed FFNs, from :func:`moefx.transform`.
+        mesh: one-dimensional, rank i is device i of the placement; None for all processes of the job.
+        placement: where the experts live.
+        verify: compare the weights of all ranks first, which reads each weight once.
+
+    Raises:
+        InputError: ``torch.distributed`` is not running, or an argument has the wrong type.
+        NothingMatched: the model has no routed FFN.
+        PlanError: the placement is of another model or another number of processes, the model is parallel already, or
+            ranks were given different models or placements. One rank's error is raised on all; nothing was changed.
+    """
+    asked = f"parallelize {type(model).__name__}"
+    group = _group(mesh, asked)
+    problem: MoefxError | None = None
+    facts = {"the placements": _NO_DIGEST, "the models' parameters": _NO_DIGEST, "the models' weights": _NO_DIGEST}
+    try:
+        _check(model, group, placement, asked)
+    except MoefxError as error:
+        problem = error
+    else:
+        weights = weights_digest(model) if verify else _NO_DIGEST
+        facts = dict(zip(facts, (placement.digest, structure_digest(model), weights), strict=True))
+    agree(asked, facts, problem, mesh.device_type if mesh is not None else _device_type(group), group)
+    # A group of its own: collectives of data parallelism must not slip in between those of a layer.
+    own = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
+    rank = dist.get_rank(own)
+    for i, layer in enumerate(routed_layers(model).values()):
+        homes = [placement.experts_of(i, device).tolist() for device in range(len(placement.devices))]
+        layer.experts = ParallelExperts(layer.experts, homes, rank, own.group_name)
+    _leave_to_us(model)
+    return model
+
+
+def parallel_layers(model: nn.Module) -> dict[str, ParallelExperts]:
+    """Return the parallel experts of ``model`` by dotted name.
+
+    Raises:
+        PlanError: there are none.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, ParallelExperts)}
+    if not layers:
+        raise PlanError(
+            f"use {type(model).__name__} as a parallel model", found="no parallel experts", do="parallelize it first"
+        )
+    return layers
+
+
+def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that differ from rank to rank, by name."""
+    return {
+        f"{prefix}.{name}" if prefix else name: layer.get_parameter(name)
+        for prefix, layer in parallel_layers(model).items()
+        for name in layer.stacked_names
+    }
+
+
+def _group(mesh: DeviceMesh | None, asked: str) -> dist.ProcessGroup:
+    if not (dist.is_available() and dist.is_initialized()):
+        raise InputError(
+            asked,
+            found="torch.distributed is not running",
+            do="start with torchrun and call torch.distributed.init_process_group",
+        )
+    if mesh is None:
+        world = dist.group.WORLD
+        assert world is not None
+        return world
+    if not isinstance(mesh, DeviceMesh) or mesh.ndim != 1:
+        raise InputError(
+            asked,
+            found=f"a {type(mesh).__name__} of {getattr(mesh, 'ndim', 'no')} dimensions",
+            do="pass a one-dimensional DeviceMesh, such as mesh['expert'], or None",
+        )
+    ranks = mesh.mesh.tolist()
+    if ranks != sorted(ranks) or dist.get_rank() not in ranks:
+        raise InputError(
+            asked, found=f"rank {dist.get_rank()} and a mesh over {ranks}", do="list this rank; keep ascending order"
+        )
+    return mesh.get_group()
+
+
+def _check(model: object, group: dist.ProcessGroup, placement: object, asked: str) -> None:
+    if not isinstance(model, nn.Module) or not isinstance(placement, Placement):
+        found = f"a {type(model).__name__} and a {type(placement).__name__}"
+        raise InputError(asked, found=found, do="pass a torch.nn.Module and a Placement")
+    layers = routed_layers(model)
+    if any(isinstance(layer.experts, ParallelExperts) for layer in layers.values()):
+        raise PlanError(asked, found="it is parallel already", do="build the model anew, or use it as it is")
+    if len({id(layer.experts) for layer in layers.values()}) < len(layers):
+        raise PlanError(asked, found="two layers share their experts", do="give each its own")
+    if len(placement.devices) != dist.get_world_size(group):
+        raise PlanError(
+            asked,
+            found=f"a placement on {len(placement.devices)} devices, {dist.get_world_size(group)} processes",
+            do=f"start {len(placement.devices)} processes, or plan for {dist.get_world_size(group)} devices",
+        )
+    placement.check(ModelDims.of(model))
+
+
+def _device_type(group: dist.ProcessGroup) -> str:
+    return "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+
+
+def _leave_to_us(model: nn.Module) -> None:
+    """Tell DistributedDataParallel that the experts differ from rank to rank; torch has no public name for this."""
+    known = list(getattr(model, "_ddp_params_and_buffers_to_ignore", []))
+    ignored = known + [name for name in expert_parameters(model) if name not in known]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)  # type: ignore[no-untyped-call]

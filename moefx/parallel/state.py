@@ -1,0 +1,70 @@
+"""Gradients and state of a parallel model as one process would have them. Each function is a collective.
+
+Legend: E experts, G ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
+
+from moefx.parallel.experts import ParallelExperts
+from moefx.parallel.parallelize import expert_parameters, parallel_layers
+
+
+def average_gradients(model: nn.Module) -> None:
+    """Average the gradients of the replicated parameters over the ranks; those of the experts are averages already.
+
+    Call it on every rank after ``backward``, unless DistributedDataParallel wraps the model. A parameter without a
+    gradient on some ranks counts as zero there; without one anywhere it keeps none.
+    """
+    group = _group(next(iter(parallel_layers(model).values())))
+    experts = {id(p) for p in expert_parameters(model).values()}
+    replicated = [p for p in model.parameters() if p.requires_grad and id(p) not in experts]
+    if not replicated:
+        return
+    present = torch.tensor([p.grad is not None for p in replicated], dtype=torch.int32, device=replicated[0].device)
+    dist.all_reduce(present, group=group)
+    for parameter, ranks in zip(replicated, present.tolist(), strict=True):
+        if not ranks:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad, group=group)
+        parameter.grad.div_(dist.get_world_size(group))
+
+
+def gather_state_dict(model: nn.Module) -> dict[str, Any]:
+    """Return the state dict of the model with all experts, on every rank, in the names and order of the whole model.
+
+    Loading it into a parallel model on any number of ranks takes each rank's part.
+    """
+    state = dict(model.state_dict())
+    layers = parallel_layers(model)
+    for prefix, layer in layers.items():
+        for name in layer.stacked_names:
+            key = f"{prefix}.{name}" if prefix else name
+            state[key] = gather_experts(layer, layer.get_parameter(name).detach())
+    return state
+
+
+def gather_experts(layer: ParallelExperts, local: Tensor) -> Tensor:
+    """Return ``[E, ...]`` on every rank from each rank's ``[E_local, ...]``, a parameter or its gradient."""
+    group = _group(layer)
+    full = local.new_empty((layer.num_experts, *local.shape[1:]))
+    for rank, home in enumerate(layer.homes):
+        if not home:
+            continue
+        part = local.contiguous() if rank == layer.rank else local.new_empty((len(home), *local.shape[1:]))
+        dist.broadcast(part, group=group, group_src=rank)
+        full[torch.tensor(home, device=full.device)] = part
+    return full
+
+
+def _group(layer: ParallelExperts) -> dist.ProcessGroup:
+    found: dist.ProcessGroup = _resolve_process_group(cast(Any, layer.group))
+    return found
