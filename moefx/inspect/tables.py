@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from moefx.inspect.describe import describe_site
+from moefx.inspect.text import WIDTH, clean, count, merge_names, type_of
+from moefx.passes.analysis import analyse
+
 if TYPE_CHECKING:
+    from moefx.graph import Graph
     from moefx.model.plan import Plan
     from moefx.model.report import Report
-
-_WIDTH = 120
 
 
 def table_text(title: str, columns: Iterable[tuple[str, str]], rows: Iterable[Iterable[object]]) -> str:
     """Return a table; ``columns`` are (header, justification)."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, show_edge=False)
+    table = Table(title=escape(clean(title)), title_justify="left", box=None, pad_edge=False, show_edge=False)
     for header, justify in columns:
         table.add_column(header, justify="right" if justify == "right" else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(escape(str(cell)) for cell in row))
+        table.add_row(*(escape(clean(cell)) for cell in row))
     return render(table)
 
 
@@ -31,19 +34,11 @@ def render(*parts: object) -> str:
     """Render rich objects as plain text of fixed width."""
     out = io.StringIO()
     console = Console(
-        file=out, width=_WIDTH, color_system=None, force_terminal=False, highlight=False, legacy_windows=False
+        file=out, width=WIDTH, color_system=None, force_terminal=False, highlight=False, legacy_windows=False
     )
     for part in parts:
         console.print(part)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
-
-
-def count(number: float) -> str:
-    """Return 1234567 as ``1.23 M``."""
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.3g}"
 
 
 def plan_text(plan: Plan) -> str:
@@ -56,13 +51,18 @@ def plan_text(plan: Plan) -> str:
         f"   memory {count(cost.bytes_before)}B -> {count(cost.bytes_after)}B",
         f"  FLOPs per forward {count(cost.flops_before)} -> {count(cost.flops_after)} active"
         f"   ({cost.flops_ratio:.3f} of the dense model)",
-        f"  expected speed: {1 / cost.flops_ratio:.2f}x by FLOPs, about {0.85 / cost.flops_ratio:.2f}x when routing costs 15 %",
+        f"  expected speed: {1 / cost.flops_ratio:.2f}x by FLOPs,"
+        f" about {0.85 / cost.flops_ratio:.2f}x when routing costs 15 %",
     ]
     columns = (("site", "left"), ("kind", "left"), ("role", "left"), ("rule", "left"), ("realised at", "left"))
     columns = (*columns, ("parameters", "right"), ("active", "right"))
     rows = [
-        (s.name, f"{s.kind} {s.flavour}".strip(), s.role, s.rule, f"{s.tier} {s.block or s.module or ''}".strip())
-        + (
+        (
+            s.name,
+            f"{s.kind} {s.flavour}".strip(),
+            s.role,
+            s.rule,
+            f"{s.tier} {s.block or s.module or ''}".strip(),
             f"{count(s.parameters_before)} -> {count(s.parameters_after)}",
             f"{s.active_after / max(1, s.active_before):.2f}",
         )
@@ -92,3 +92,33 @@ def report_text(report: Report) -> str:
     )
     rows = [(c.name, c.contract, f"{c.error:.2e}", f"{c.bound:.1e}", c.dtype) for c in report.checks]
     return head + "\n" + table_text("checked against the dense site", columns, rows)
+
+
+def sites_text(graph: Graph) -> str:
+    """Return all sites of a graph as text."""
+    columns = (("site", "left"), ("what it is", "left"), ("reads", "left"), ("region", "left"))
+    rows = [
+        (s.name, describe_site(s), _reads(s), "module" if s.region_is_module else "inline")
+        for s in analyse(graph).sites
+    ]
+    return table_text(f"{len(rows)} sites of {type(graph.root).__name__}", columns, rows)
+
+
+def _reads(site: Any) -> str:
+    value = site.operands.get("x")
+    return type_of(value.meta.get("val")) if value is not None else ""
+
+
+def misses_text(graph: Graph) -> str:
+    """Return all near misses of a graph as text, those of one reason together."""
+    groups: dict[tuple[str, ...], list[Any]] = {}
+    for miss in analyse(graph).misses:
+        shape = ".".join("#" if p.isdigit() else p for p in miss.module_path.split("."))
+        groups.setdefault((miss.kind, shape, miss.reason, miss.source_line), []).append(miss)
+    columns = (("almost a site", "left"), ("kind", "left"), ("first condition that failed", "left"), ("source", "left"))
+    rows = []
+    for (kind, _, reason, source), found in groups.items():
+        paths = list(dict.fromkeys(m.module_path or m.node.name for m in found))
+        rows.append((merge_names(paths), kind, reason, source))
+    total = sum(len(found) for found in groups.values())
+    return table_text(f"{total} near misses", columns, rows) if rows else "no near misses\n"

@@ -17,7 +17,7 @@ _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 def clean(text: object) -> str:
-    r"""Return ``text`` with everything a terminal would obey (control, bidi, private characters) as ``\x1b``-like escapes."""
+    r"""Return ``text`` with all that a terminal would obey (control, bidi, private) as escapes like ``\x1b``."""
     return "".join(c if unicodedata.category(c) not in _UNSAFE else _escape(c) for c in str(text))
 
 
@@ -69,20 +69,21 @@ def fit(text: str, width: int = WIDTH) -> str:
     return text if len(text) <= width else text[: max(1, width - 1)] + "…"
 
 
-def wrap(text: str, indent: str = "  ", width: int = WIDTH) -> list[str]:
-    """Break ``text`` at spaces into lines of at most ``width``; later lines are indented."""
-    lines, line = [], ""
-    for word in text.split(" "):
-        if line and len(line) + 1 + len(word) > width:
+def wrap(text: str, indent: str = "  ", width: int = WIDTH, *, cut: bool = True) -> list[str]:
+    """Break ``text`` at spaces into lines of at most ``width``; later lines are indented, single long words cut."""
+    start = len(text) - len(text.lstrip())
+    lines, line = [], text[:start]
+    for word in text[start:].split(" "):
+        if line.strip() and len(line) + 1 + len(word) > width:
             lines.append(line)
             line = indent + word
         else:
-            line = f"{line} {word}" if line else word
-    return [fit(part, width) for part in (*lines, line)]
+            line = f"{line} {word}" if line.strip() else line + word
+    return [fit(part, width) if cut else part for part in (*lines, line)]
 
 
 def merge_names(names: Sequence[str]) -> str:
-    """Return one name for several that differ in numbers: ``blocks.0.ff`` and ``blocks.1.ff`` give ``blocks.{0…1}.ff``."""
+    """Return one name for several that differ in numbers: ``a.0.ff`` to ``a.2.ff`` give ``a.{0…2}.ff``."""
     if len(names) == 1:
         return names[0]
     split = [name.split(".") for name in names]

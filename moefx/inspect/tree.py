@@ -13,7 +13,7 @@ from moefx.passes.analysis import analyse
 from moefx.passes.analysis.site import Miss
 
 _INDENT = "  "
-_NAME_WIDTH, _DETAIL_WIDTH, _OUTPUT_WIDTH = 40, 48, 24
+_NAME_WIDTH, _DETAIL_WIDTH, _OUTPUT_WIDTH = 40, 36, 24
 _MISSES = 8
 
 
@@ -78,7 +78,7 @@ class _Line:
         label = row.label if region else f"{len(row.children)} in turn"
         self.indent = _INDENT * level
         self.name = f"{self.indent}{label}{repeat}"
-        self.detail = region.detail if region else ""
+        self.detail = region.detail if region and region.site else fit(region.detail, _DETAIL_WIDTH) if region else ""
         self.output = first_of(region.output) if region else ""
         self.size = count(region.parameters) if region and region.parameters else ""
         self.marks = [f"[{mark}]" for mark in region.marks] if region else []
