@@ -23,7 +23,7 @@ class ModelConfig:
     width: int = 64
     heads: int = 4
     classes: int = 10
-    mlp_ratio: float = 4.0
+    mlp_ratio: float = 2.0
     label_dropout: float = 0.0  # the training loop drops labels, so that both models see the same drops
 
 
@@ -43,12 +43,16 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class RoutingConfig:
-    """What is asked of ``moefx.transform``: 8 experts of half the dense width, 2 per token, so equal active width."""
+    """What is asked of ``moefx.transform``: experts of half the dense width, 2 per token, so equal active width.
 
-    recipe: str = "sparse-upcycling"
-    experts: int = 8
+    They start as 8 copies of the dense network cut in two; ``untie`` gives each half a router row of its own.
+    """
+
+    recipe: str = "virtual-groups"
+    experts: int = 16
     top_k: int = 2
     granularity: int = 2
+    untie: bool = True
     balance_weight: float = 0.01
 
 
@@ -72,8 +76,8 @@ class Config:
     seed: int = 0
     validation_share: float = 0.2
     model: ModelConfig = ModelConfig()
-    dense: StageConfig = StageConfig(steps=2000, learning_rate=4e-3, warmup_steps=100)
-    finetune: StageConfig = StageConfig(steps=800, learning_rate=1e-3, warmup_steps=50)
+    dense: StageConfig = StageConfig(steps=1500, learning_rate=4e-3, warmup_steps=100)
+    finetune: StageConfig = StageConfig(steps=2000, learning_rate=2e-3, warmup_steps=50)
     routing: RoutingConfig = RoutingConfig()
     judge: JudgeConfig = JudgeConfig()
 

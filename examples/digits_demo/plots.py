@@ -104,7 +104,9 @@ def utilisation(path: Path, load: Tensor, names: list[str]) -> None:
     layers, buckets, experts = load.shape
     relative = load.numpy() * experts
     with plt.rc_context(STYLE | {"axes.grid": False}):
-        figure, panels = plt.subplots(1, layers, figsize=(3.7 * layers + 1, 3.9), sharey=True, squeeze=False)
+        figure, panels = plt.subplots(
+            1, layers, figsize=(3.7 * layers + 1, 1.9 + 0.25 * experts), sharey=True, squeeze=False
+        )
         for axis, values, name in zip(panels[0], relative, names, strict=True):
             image = axis.imshow(
                 values.T,

@@ -36,6 +36,7 @@ def transform(dense: DiT, data: Digits, routing: RoutingConfig, seed: int) -> An
         experts=routing.experts,
         top_k=routing.top_k,
         granularity=routing.granularity,
+        untie=routing.untie,
     )
 
 
