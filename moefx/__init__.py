@@ -1,7 +1,7 @@
 """moefx: a compiler for sparsifying diffusion models.
 
-Trace a dense denoiser, find its feed-forward networks and attentions by data flow, rewrite them into routed experts, prove
-what each rewrite promised, plan where experts live, and emit fused kernels.
+Trace a dense denoiser, find its feed-forward networks and attentions by data flow, rewrite them into routed experts,
+prove what each rewrite promised, plan where experts live, and emit fused kernels.
 """
 
 from __future__ import annotations
@@ -35,7 +35,21 @@ _PUBLIC = {
     "untransform": "moefx.api",
 }
 
-__all__ = [*_PUBLIC, "__version__"]  # noqa: PLE0604 - names are strings
+__all__ = [
+    "Graph",
+    "MoefxError",
+    "__version__",
+    "aux_loss",
+    "health",
+    "load",
+    "misses",
+    "plan",
+    "save",
+    "sites",
+    "trace",
+    "transform",
+    "untransform",
+]
 
 
 def __getattr__(name: str) -> Any:

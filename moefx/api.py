@@ -78,8 +78,8 @@ def transform(
 
     Args:
         model: the dense model.
-        inputs: example inputs: a dict of keyword arguments, a tuple of positional ones, or ``(tuple, dict)``. Synthesised
-            for diffusers denoisers and for models with a registered input maker.
+        inputs: example inputs: a dict of keyword arguments, a tuple of positional ones, or ``(tuple, dict)``.
+            Synthesised for diffusers denoisers and for models with a registered input maker.
         recipe: a name from ``moefx.recipes()``.
         passes: pass names or pass objects to use instead of a recipe.
         only: site kinds, names or globs to rewrite; all by default.

@@ -16,7 +16,8 @@ class MoefxError(Exception):
 
     def __init__(self, asked: str, *, found: str = "", do: str = "") -> None:
         self.asked, self.found, self.do = asked, found, do
-        super().__init__("\n".join(line for line in (asked, found and f"  found: {found}", do and f"  do: {do}") if line))
+        lines = (asked, found and f"  found: {found}", do and f"  do: {do}")
+        super().__init__("\n".join(line for line in lines if line))
 
 
 class InputError(MoefxError):

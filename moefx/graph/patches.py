@@ -184,7 +184,7 @@ def clear_caches(root: nn.Module) -> None:
 class Snapshot:
     """The Python state of every module, to undo what a forward wrote into it while it saw proxies.
 
-    Plain helper objects that modules hold (rotary tables, processors) are included: some fill a cache at their first call.
+    Plain helper objects that modules hold (rotary tables, processors) are included: some fill a cache at first use.
     """
 
     def __init__(self, root: nn.Module) -> None:

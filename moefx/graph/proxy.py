@@ -141,14 +141,14 @@ class TensorProxy(torch.Tensor):
                 TensorProxy, value.shape, dtype=value.dtype, device=value.device, requires_grad=False
             )
         proxy.__dict__.update(node=node, value=value, tracer=tracer, _sizes=None, _is_param=is_parameter)
-        return cast(TensorProxy, proxy)
+        return proxy
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _find_tracer((args, kwargs or {})).call_torch(func, tuple(args), dict(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise RuntimeError(f"a value that is being traced reached {func} unrecorded")
 
     @property
@@ -159,7 +159,7 @@ class TensorProxy(torch.Tensor):
         assert self._sizes is not None
         return self._sizes
 
-    def size(self, dim: int | None = None) -> Any:  # type: ignore[override]
+    def size(self, dim: int | None = None) -> Any:
         """Return one size or all of them, like ``torch.Tensor.size``."""
         return self.shape if dim is None else self.shape[dim]
 
@@ -254,10 +254,10 @@ def _search(tree: Any) -> GuidedTracer | None:
     return next((found for child in children if (found := _search(child)) is not None), None)
 
 
-_BINARY = "add sub mul truediv floordiv mod pow matmul and_ or_ xor lshift rshift".split()
-_COMPARE = "eq ne lt le gt ge".split()
-_UNARY = "neg pos invert abs".split()
-_INPLACE = "iadd isub imul itruediv ifloordiv ipow iand ior".split()
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "lshift", "rshift")
+_COMPARE = ("eq", "ne", "lt", "le", "gt", "ge")
+_UNARY = ("neg", "pos", "invert", "abs")
+_INPLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "ior")
 
 
 def _binary(function: Callable[..., Any], reflected: bool = False) -> Callable[[Any, Any], Any]:

@@ -20,8 +20,8 @@ _INPLACE_FUNCTIONS = frozenset({"setitem", "iadd", "isub", "imul", "itruediv"})
 class Splice:
     """Edits one graph on behalf of one rule.
 
-    New nodes take the origin of the node they are built ``around``, plus the rule's name; their shapes are propagated at
-    once. Nothing is erased before :meth:`replace` found that the region is removable.
+    New nodes take the origin of the node they are built ``around``, plus the rule's name; their shapes are propagated
+    at once. Nothing is erased before :meth:`replace` found that the region is removable.
     """
 
     def __init__(self, graph: Graph, rule: str) -> None:

@@ -22,7 +22,6 @@ from moefx.graph import Graph
 
 Forward = Callable[..., Any]
 _compiled: dict[Any, Forward] = {}
-_EMPTY_KINDS: dict[Any, Any] = {inspect.Parameter.VAR_POSITIONAL: (), inspect.Parameter.VAR_KEYWORD: {}}
 
 
 def expect(value: Any, captured: Any, name: str) -> None:
@@ -85,7 +84,8 @@ def _with_signature(graph: Graph) -> FxGraph:
     """Copy the graph under the original signature, with checks of everything the capture fixed."""
     spec = graph.call_spec
     assert spec is not None
-    new, env = FxGraph(), {}
+    new = FxGraph()
+    env: dict[Node, Node] = {}
     bound = pytree.tree_unflatten(_leaves(graph), spec.spec)
     parameters = list(spec.signature.parameters.values())
     holders = {p.name: _placeholder(new, p) for p in parameters}
@@ -113,7 +113,8 @@ def _leaves(graph: Graph) -> list[Any]:
 
 
 def _placeholder(fx: FxGraph, parameter: inspect.Parameter) -> Node:
-    stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+    variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    stars = "" if not variadic else "*" if parameter.kind == parameter.VAR_POSITIONAL else "**"
     if stars or parameter.default is parameter.empty:
         return fx.placeholder(stars + parameter.name)
     return fx.placeholder(parameter.name, default_value=parameter.default)

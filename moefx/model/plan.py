@@ -21,7 +21,7 @@ class _Data(BaseModel):
 
 
 class TapPlan(_Data):
-    """A value that a replacement reads from elsewhere: its name, and the node of the block's local graph that has it."""
+    """A value that a replacement reads from elsewhere: its name, and the node of the block's graph that has it."""
 
     name: str
     node: str
@@ -33,7 +33,9 @@ class SitePlan(_Data):
     """One site to rewrite.
 
     ``module`` is the module that is replaced as a whole, ``block`` the one whose own forward is rewritten (with the
-    children in ``expand`` written out); a site has one or both. ``weights`` identify the site inside the block. Counts are per token for compute, in elements for parameters.
+    children in ``expand`` written out); a site has one or both. ``weights`` identify the site inside the block;
+    ``stream`` is the parameter of a block pass that carries the tokens. Counts are per token for compute, in elements
+    for parameters.
     """
 
     name: str
@@ -49,6 +51,8 @@ class SitePlan(_Data):
     expand: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
     taps: tuple[TapPlan, ...] = ()
+    stream: str = ""
+    saved_fraction: float = 0.0
     calls: int = 1
     parameters_before: int
     parameters_after: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from moefx.passes.analysis.site import Site
 from moefx.passes.rewrite.base import Pass
 
 
-class Skip(Exception):  # noqa: N818 - a reason, not an error
+class Skip(Exception):
     """A site that stays dense, and why."""
 
 
@@ -127,7 +128,10 @@ def _plan_site(graph: Graph, facts: Facts, rule: Pass, site: Site) -> SitePlan:
         "parameters_after": costs.parameters_after,
         "active_before": costs.active_before,
         "active_after": costs.active_after,
+        "saved_fraction": costs.saved_fraction,
     }
+    if site.kind == "block":
+        return SitePlan(tier="block", module=None, **common, **_plan_whole_block(graph, site, call))
     if as_module:
         assert call is not None
         common |= {"module": site.path, "module_inputs": _ffn_inputs(site)}
@@ -162,7 +166,7 @@ def _plan_block(graph: Graph, facts: Facts, rule: Pass, site: Site, path: str) -
     while True:
         module = graph.root.get_submodule(path)
         calls = [c for c in graph.calls if c.path == path]
-        if path and not calls or isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict):
+        if (path and not calls) or isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict):
             path = _parent(path)
             continue
         if len(calls) > 1:
@@ -176,6 +180,28 @@ def _plan_block(graph: Graph, facts: Facts, rule: Pass, site: Site, path: str) -
         if not path:
             raise Skip(f"no module sees both the site and {', '.join(rule.taps)}")
         path = _parent(path)
+
+
+def _plan_whole_block(graph: Graph, site: Site, call: ModuleCall | None) -> dict[str, Any]:
+    """Find the parameter that carries the block's tokens, and make sure that nothing else comes per token."""
+    if call is None or not isinstance(call.output, Node):
+        raise Skip("it does not return its token stream alone")
+    if sum(c.path == site.path for c in graph.calls) > 1:
+        raise Skip(f"{site.path!r} is called more than once in one forward")
+    module = graph.root.get_submodule(site.path)
+    bound = inspect.signature(module.forward).bind(*call.args, **call.kwargs).arguments
+    stream = next((name for name, value in bound.items() if value is site.operands["stream"]), None)
+    if stream is None:
+        raise Skip("its token stream is not an argument of its own")
+    tokens = site.shapes["x"][1]
+    for name, value in bound.items():
+        for leaf in pytree.tree_leaves(value) if name != stream else ():
+            example = leaf.meta["val"] if isinstance(leaf, Node) else None
+            if isinstance(example, torch.Tensor) and tokens in example.shape:
+                raise Skip(f"its argument {name} {tuple(example.shape)} has one entry per token")
+    inputs = call_inputs(call)
+    local_graph(module, inputs, "children")
+    return {"block": site.path, "block_inputs": inputs, "stream": stream}
 
 
 def _root_inputs(graph: Graph) -> dict[str, Any]:
@@ -231,6 +257,7 @@ def _cost(graph: Graph, facts: Facts, planned: list[SitePlan]) -> Cost:
     flops = int(facts.costs.flops)
     tokens = {s.name: _tokens(facts, s.name) for s in planned}
     extra = sum(2 * (s.active_after - s.active_before) * tokens[s.name] * s.calls for s in planned)
+    extra -= int(sum(s.saved_fraction * _site_flops(facts, s.name) for s in planned))
     return Cost(
         parameters_before=before,
         parameters_after=before + grown,
@@ -241,9 +268,13 @@ def _cost(graph: Graph, facts: Facts, planned: list[SitePlan]) -> Cost:
     )
 
 
+def _site_flops(facts: Facts, name: str) -> int:
+    return int(facts.costs.of(next(s for s in facts.sites if s.name == name).nodes).flops)
+
+
 def _tokens(facts: Facts, name: str) -> int:
     site = next(s for s in facts.sites if s.name == name)
-    value = site.operands["x"].meta["val"] if "x" in site.operands else site.output.meta["val"]
+    value = site.operands.get("x", site.output).meta["val"]
     assert isinstance(value, torch.Tensor)
     return value.numel() // value.shape[int(site.shapes.get("axis", -1))]
 
@@ -262,7 +293,7 @@ def _what_was_found(facts: Facts, skipped: Sequence[SkippedSite]) -> str:
 def _what_to_do(facts: Facts) -> str:
     if facts.sites:
         return "see moefx.sites(model, inputs) for what there is, and change only=, skip= or the options"
-    return "moefx finds projections with a nonlinearity between them that are added to a residual stream; this model has none"
+    return "moefx finds projections with a nonlinearity between them, added to a residual stream; this model has none"
 
 
 __all__ = ["MoefxError", "make_plan"]

@@ -1,11 +1,12 @@
 """From a plan to changes of the user's model: each site at the smallest module that holds it and its taps.
 
-Nothing here mutates the model: modules are captured alone, replacements are built beside it, and the changes are returned.
+Nothing here mutates the model: modules are captured alone, replacements are built beside it, and the changes are
+returned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -23,7 +24,7 @@ from moefx.model.local import JSON, local_graph
 from moefx.model.plan import Plan, SitePlan
 from moefx.passes.analysis.local import local_sites, weight_names
 from moefx.passes.analysis.site import Site
-from moefx.passes.rewrite.base import Context, Edit, Pass, get_pass
+from moefx.passes.rewrite.base import BlockContext, BlockPass, Context, Edit, Forward, Pass, SitePass, get_pass
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Realised:
     plan: SitePlan
     rule: Pass
     dense: Graph | None
-    site: Site
+    site: Site | None
     routed: nn.Module
 
 
@@ -55,7 +56,9 @@ def realise(model: nn.Module, plan: Plan) -> tuple[list[Change], list[Realised]]
     rules = {p.name: build_pass(plan, p.name) for p in plan.passes}
     for site in plan.sites:
         if site.tier == "module":
-            change, made = _replace_module(model, site, rules[site.rule], plan.seed)
+            rule = rules[site.rule]
+            assert isinstance(rule, SitePass)
+            change, made = _replace_module(model, site, rule, plan.seed)
             changes.append(change)
             built.append(made)
     blocks = sorted((s for s in plan.sites if s.tier == "block"), key=lambda s: s.block or "")
@@ -99,7 +102,7 @@ def capture_module(model: nn.Module, path: str, inputs: JSON | None) -> tuple[Gr
     return graph, found[0]
 
 
-def _replace_module(model: nn.Module, plan: SitePlan, rule: Pass, seed: int) -> tuple[Change, Realised]:
+def _replace_module(model: nn.Module, plan: SitePlan, rule: SitePass, seed: int) -> tuple[Change, Realised]:
     assert plan.module is not None
     graph, site = capture_module(model, plan.module, plan.module_inputs)
     edit = rule.edit(Context(graph=graph, site=site, name=plan.name, taps={}, seed=seed, whole=True))
@@ -118,24 +121,41 @@ def _rewrite_block(
     graph = local_graph(module, inputs, "children", expand)
     before = {str(n.target) for n in graph.fx.nodes if n.op == "call_module"}
     children: dict[str, nn.Module | None] = {}
+    wraps: list[Callable[[Forward], Forward]] = []
     made: list[Realised] = []
     for plan in plans:
         rule = rules[plan.rule]
         taps = {tap.name: _node(graph, tap.node, path) for tap in plan.taps}
         with future_children(module, children):
-            rewrite = _inline_site if plan.module is None else _tapped_child
-            realised, edit = rewrite(model, graph, plan, rule, taps, seed)
+            if isinstance(rule, BlockPass):
+                realised, edit = _whole_block(graph, plan, rule, seed)
+            else:
+                assert isinstance(rule, SitePass)
+                rewrite = _inline_site if plan.module is None else _tapped_child
+                realised, edit = rewrite(model, graph, plan, rule, taps, seed)
         children |= edit.children
+        wraps += [edit.wrap] if edit.wrap else []
         made.append(realised)
     after = {str(n.target) for n in graph.fx.nodes if n.op == "call_module"}
     children |= dict.fromkeys(sorted(t for t in before - after if "." not in t))
     with future_children(module, children):
         verify_graph(graph, f"rewriting {path!r}")
-    return Change(path, children, make_forward(graph)), made
+    forward = make_forward(graph) if len(wraps) < len(plans) else type(module).forward
+    for wrap in wraps:
+        forward = wrap(forward)
+    return Change(path, children, forward), made
+
+
+def _whole_block(graph: Graph, plan: SitePlan, rule: BlockPass, seed: int) -> tuple[Realised, Edit]:
+    """Let the rule wrap the block's forward."""
+    value = _node(graph, plan.stream, plan.block or "").meta["val"]
+    context = BlockContext(module=graph.root, name=plan.name, stream=plan.stream, value=value, seed=seed)
+    edit = rule.edit(context)
+    return Realised(plan, rule, None, None, edit.routed), edit
 
 
 def _tapped_child(
-    model: nn.Module, graph: Graph, plan: SitePlan, rule: Pass, taps: dict[str, Node], seed: int
+    model: nn.Module, graph: Graph, plan: SitePlan, rule: SitePass, taps: dict[str, Node], seed: int
 ) -> tuple[Realised, Edit]:
     """Replace a child module, and give its calls the taps as further arguments."""
     assert plan.module is not None
@@ -157,7 +177,7 @@ def _after_all(graph: Graph, nodes: list[Node]) -> Node:
 
 
 def _inline_site(
-    model: nn.Module, graph: Graph, plan: SitePlan, rule: Pass, taps: dict[str, Node], seed: int
+    model: nn.Module, graph: Graph, plan: SitePlan, rule: SitePass, taps: dict[str, Node], seed: int
 ) -> tuple[Realised, Edit]:
     """Let the rule rewrite a site that is written in the block's own forward."""
     site = find_site(graph, plan.block or "", plan.kind, plan.weights)
@@ -179,9 +199,9 @@ def find_site(graph: Graph, path: str, kind: str, weights: tuple[str, ...]) -> S
 
 
 def _node(graph: Graph, name: str, path: str) -> Node:
-    for node in graph.fx.nodes:
-        if node.name == name:
-            return node
+    found: list[Node] = [node for node in graph.fx.nodes if node.name == name]
+    if found:
+        return found[0]
     raise PlanError(f"wire a tap in {path!r}", found=f"no value {name!r}", do="plan the model again")
 
 

@@ -71,7 +71,8 @@ def _random_call(module: nn.Module, inputs: JSON, seed: int) -> tuple[tuple[Any,
         wide = torch.complex64 if leaf.is_complex() else torch.float32
         return torch.randn(leaf.shape, generator=draws, dtype=wide).to(leaf.device, leaf.dtype)
 
-    return pytree.tree_map(fill, example_call(module, inputs, FakeTensorMode(allow_non_fake_inputs=True)))
+    args, kwargs = example_call(module, inputs, FakeTensorMode(allow_non_fake_inputs=True))
+    return pytree.tree_map(fill, args), pytree.tree_map(fill, kwargs)
 
 
 def check_sites(built: Sequence[Realised], seed: int) -> list[SiteCheck]:
@@ -119,6 +120,7 @@ def _broken(name: str, rule: str, error: float, bound: float, kind: str) -> Veri
 
 def _tokens(made: Realised, seed: int) -> torch.Tensor:
     assert made.dense is not None
+    assert made.site is not None
     parameter = next(p for p in made.dense.root.parameters() if p.is_floating_point())
     axis = int(made.site.shapes["axis"])
     shape = list(made.site.shapes["x"])

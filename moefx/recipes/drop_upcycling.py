@@ -7,9 +7,9 @@ RECIPE = register_recipe(
         name="drop-upcycling",
         summary="FFN -> top-2 of 8 copies, half of the neurons of each drawn anew",
         paper="Nakamura et al., Drop-Upcycling, arXiv 2502.19261",
-        equation="as sparse-upcycling; per expert, rows I of w_in and columns I of w_out ~ N(mean, std) of what they replace",
+        equation="as sparse-upcycling; rows I of w_in and columns I of w_out ~ N(mean, std) of what they replace",
         passes={"upcycle": {"experts": 8, "top_k": 2, "reinitialise": 0.5}},
-        notes="One index set I per expert, as in the paper; independent_sets=True gives the released code, whose error at "
-        "the start exceeds the output itself (1.10), so it needs max_error above 1.",
+        notes="One index set I per expert, as in the paper; independent_sets=True gives the released code, whose error "
+        "at the start exceeds the output itself (1.10), so it needs max_error above 1.",
     )
 )

@@ -9,7 +9,7 @@ RECIPE = register_recipe(
         paper="He et al., Upcycling Large Language Models into Mixture of Experts, arXiv 2410.07524",
         equation="y = sum_{a in topk(Rx)} w_a * sum_{g<G} shard_{a,g}(x)",
         passes={"upcycle": {"experts": 8, "granularity": 2, "top_k": 2}},
-        notes="The group's gate is computed once and multiplies the sum of its shards, so no weight is scaled; the released "
-        "cube-root scaling is off by 11 to 14 % for GELU and SwiGLU and is not reproduced.",
+        notes="The group's gate is computed once and multiplies the sum of its shards, so no weight is scaled; the "
+        "released cube-root scaling is off by 11 to 14 % for GELU and SwiGLU and is not reproduced.",
     )
 )

@@ -22,7 +22,7 @@ class _LocalStreams(Streams):
 
 def weight_names(site: Site) -> tuple[str, ...]:
     """Return the parameters of a site, all token streams of an attention included: they identify it in any graph."""
-    streams = site.operands.get("streams", ())
+    streams = site.operands["streams"] if site.kind == "attention" else ()
     # Which stream is the main one, and so whose biases are named, depends on the graph around: leave biases out.
     names = set() if streams else {weight.fqn for weight in site.weights().values()}
     for stream in streams:

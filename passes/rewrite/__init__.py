@@ -1,9 +1,35 @@
 """Rewriting passes, one file each."""
 
-from moefx.passes.rewrite import mixture_of_heads, upcycle
-from moefx.passes.rewrite.base import Contract, Costs, Edit, Options, Pass, get_pass, passes, register_pass
+from moefx.passes.rewrite import mixture_of_depths, mixture_of_heads, upcycle
+from moefx.passes.rewrite.base import (
+    BlockContext,
+    BlockPass,
+    Context,
+    Contract,
+    Costs,
+    Edit,
+    Options,
+    Pass,
+    SitePass,
+    get_pass,
+    passes,
+    register_pass,
+)
 
 # Importing these modules registers their passes.
-_MODULES = (mixture_of_heads, upcycle)
+_MODULES = (mixture_of_depths, mixture_of_heads, upcycle)
 
-__all__ = ["Contract", "Costs", "Edit", "Options", "Pass", "get_pass", "passes", "register_pass"]
+__all__ = [
+    "BlockContext",
+    "BlockPass",
+    "Context",
+    "Contract",
+    "Costs",
+    "Edit",
+    "Options",
+    "Pass",
+    "SitePass",
+    "get_pass",
+    "passes",
+    "register_pass",
+]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -40,20 +40,27 @@ class Contract:
     reason: str
 
 
+Forward = Callable[..., Any]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Edit:
-    """What a pass made of one site: the routed module, and the children that its local graph now calls."""
+    """What a pass made of one site: the routed module, and the children that the rewritten module needs.
+
+    ``wrap`` turns the module's forward into the new one, for passes that leave its graph alone.
+    """
 
     routed: nn.Module
     children: dict[str, nn.Module | None] = field(default_factory=dict)
+    wrap: Callable[[Forward], Forward] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """What an edit may read.
 
-    ``graph`` is the local graph and ``site`` the site in it; ``whole`` says that the captured module is the site, so that
-    a replacement module is enough. ``name`` is the site's name in the whole model, ``taps`` the values asked for.
+    ``graph`` is the local graph and ``site`` the site in it; ``whole`` says that the captured module is the site, so
+    that a replacement module is enough. ``name`` is the site's name in the whole model, ``taps`` the values asked for.
     """
 
     graph: Graph
@@ -65,8 +72,7 @@ class Context:
 
     def generator(self, purpose: str) -> torch.Generator:
         """Return a generator that depends on the seed, the site's name and ``purpose`` only."""
-        key = zlib.crc32(f"{self.seed}/{self.name}/{purpose}".encode())
-        return torch.Generator().manual_seed(key)
+        return _generator(self.seed, self.name, purpose)
 
     def free_name(self, stem: str, taken: Collection[str] = ()) -> str:
         """Return a child name that neither the module nor its rewritten graph uses yet."""
@@ -76,6 +82,21 @@ class Context:
             i += 1
             name = f"{stem}_{i}"
         return name
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockContext:
+    """What a pass over whole blocks may read: the block, the parameter that carries its tokens, and their shape."""
+
+    module: nn.Module
+    name: str
+    stream: str
+    value: torch.Tensor
+    seed: int
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Return a generator that depends on the seed, the block's name and ``purpose`` only."""
+        return _generator(self.seed, self.name, purpose)
 
 
 class Pass(ABC):
@@ -123,7 +144,7 @@ class Pass(ABC):
 
     @abstractmethod
     def refusal(self, site: Site) -> str:
-        """Return why this pass cannot rewrite ``site`` (from shapes alone, before weights are read); ``""`` if it can."""
+        """Return why this pass cannot rewrite ``site``, from shapes alone; ``""`` if it can."""
 
     @abstractmethod
     def contract(self) -> Contract:
@@ -137,19 +158,39 @@ class Pass(ABC):
         """Return what the user should know about these options."""
         return []
 
+
+class SitePass(Pass):
+    """A pass that rewrites a region inside a module's graph."""
+
     @abstractmethod
     def edit(self, context: Context) -> Edit:
         """Build the replacement of ``context.site``; may change ``context.graph``, never ``context.graph.root``."""
 
 
+class BlockPass(Pass):
+    """A pass that runs a whole block differently, such as on some of its tokens; the block's inside is untouched."""
+
+    @abstractmethod
+    def edit(self, context: BlockContext) -> Edit:
+        """Return the children to add and how to wrap the block's forward."""
+
+
+def _generator(seed: int, name: str, purpose: str) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}/{purpose}".encode()))
+
+
 @dataclass(frozen=True)
 class Costs:
-    """Parameters and multiply-adds per token of one site, before and after; active counts what one token uses."""
+    """Parameters and multiply-adds per token of one site, before and after; active counts what one token uses.
+
+    ``saved_fraction`` of the site's own dense cost is saved on top, where tokens skip it.
+    """
 
     parameters_before: int
     parameters_after: int
     active_before: int
     active_after: int
+    saved_fraction: float = 0.0
 
 
 _PASSES: dict[str, type[Pass]] = {}

@@ -27,7 +27,7 @@ def _tensor(site: Site, name: str, graph: Graph) -> torch.Tensor | None:
 
 
 class GatedActivation(nn.Module):
-    """``(up, gate) -> act(gate) * up``, or the general ``act(gate, up)``: what the dense FFN does between its projections."""
+    """What a gated FFN does between its projections: ``act(gate) * up``, or the general ``act(gate, up)``."""
 
     def __init__(self, act: Activation) -> None:
         super().__init__()

@@ -1,12 +1,12 @@
 """Mixture of heads: a gate for every token and attention head, in front of the output projection.
 
-Source: MoH, arXiv 2410.11842, with the scale factors of the released code. At its start (zero routers, all heads active)
-every gate is exactly 1 and the attention is the dense one.
+Source: MoH, arXiv 2410.11842, with the scale factors of the released code. At its start (zero routers, all heads
+active) every gate is exactly 1 and the attention is the dense one.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from moefx.graph.splice import Splice
 from moefx.passes.analysis.site import Kind, Site
-from moefx.passes.rewrite.base import Context, Contract, Costs, Edit, Options, Pass, register_pass
+from moefx.passes.rewrite.base import Context, Contract, Costs, Edit, Options, SitePass, register_pass
 from moefx.routing.heads import HeadGate, apply_head_gates
 
 CHILD = "head_gate"
@@ -38,12 +38,12 @@ class MixtureOfHeadsOptions(Options):
 
 
 @register_pass
-class MixtureOfHeads(Pass):
+class MixtureOfHeads(SitePass):
     """Gate the heads of an attention."""
 
     name = "mixture-of-heads"
     summary = "attention -> a gate per token and head before the output projection; exact at zero routers and all heads"
-    site_kind: Kind = "attention"
+    site_kind: ClassVar[Kind] = "attention"
     requires = frozenset({"attention-sites"})
     provides = frozenset({"routed-heads"})
     preserves = frozenset({"ffn-sites", "block-sites"})

@@ -1,21 +1,21 @@
 """Upcycling: a dense FFN becomes copies of itself behind a router, and computes the same until it is trained.
 
-Sources: Sparse Upcycling (arXiv 2212.05055), granular virtual groups (arXiv 2410.07524, in the form that needs no weight
-scaling), Drop-Upcycling (arXiv 2502.19261, one index set per expert).
+Sources: Sparse Upcycling (arXiv 2212.05055), granular virtual groups (arXiv 2410.07524, in the form that needs no
+weight scaling), Drop-Upcycling (arXiv 2502.19261, one index set per expert).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from moefx.passes.analysis.site import Kind, Site
-from moefx.passes.rewrite.base import Context, Contract, Costs, Edit, Options, Pass, register_pass
+from moefx.passes.rewrite.base import Context, Contract, Costs, Edit, Options, SitePass, register_pass
 from moefx.passes.rewrite.cut import cannot_cut, splice_ffn
 from moefx.passes.rewrite.dense import dense_weights, ffn_counts, ffn_sizes, hidden_function
 from moefx.routing.experts import DenseFFN, Experts
@@ -27,8 +27,8 @@ from moefx.routing.initialise import (
     partially_reinitialise,
     untie,
 )
-from moefx.routing.moe import RoutedFFN
 from moefx.routing.layout import OnAxis
+from moefx.routing.moe import RoutedFFN
 from moefx.routing.normalise import SUM_TO_ONE, default_mode
 from moefx.routing.router import LinearRouter
 
@@ -106,12 +106,12 @@ class UpcycleOptions(Options):
 
 
 @register_pass
-class Upcycle(Pass):
+class Upcycle(SitePass):
     """Replace an FFN by routed copies of itself."""
 
     name = "upcycle"
     summary = "FFN -> routed copies of itself; exact at the start unless noise or re-initialisation is asked for"
-    site_kind: Kind = "ffn"
+    site_kind: ClassVar[Kind] = "ffn"
     requires = frozenset({"ffn-sites"})
     provides = frozenset({"routed-ffns"})
     preserves = frozenset({"attention-sites", "block-sites"})
@@ -169,8 +169,9 @@ class Upcycle(Pass):
         if o.experts == 1 or not o.identical or o.mode not in SUM_TO_ONE:
             return []
         return [
-            "equal experts under renormalised gates give the router exactly zero task gradient until the experts differ: "
-            "train with moefx.aux_loss, or start with noise=1e-3 or reinitialise=0.1, or use top_k=1 with normalise='N10'"
+            "equal experts under renormalised gates give the router exactly zero task gradient until the experts "
+            "differ: train with moefx.aux_loss, or start with noise=1e-3 or reinitialise=0.1, or choose one copy per "
+            "token (top_k = granularity), whose default gate N10 trains the router"
         ]
 
     def edit(self, context: Context) -> Edit:
