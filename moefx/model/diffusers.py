@@ -1,7 +1,7 @@
 """Diffusers: a transformed model gets a class of its own, so that whoever loads it without moefx is refused.
 
 The class ``Moefx<Name>`` derives from the model's own one and claims the module ``moefx``; a pipeline writes it into
-``model_index.json``, and ``DiffusionPipeline.from_pretrained`` finds it as ``moefx.Moefx<Name>``. The name of an unknown
+``model_index.json``, and ``DiffusionPipeline.from_pretrained`` finds it as ``moefx.Moefx<Name>``. The unknown name of a
 quantiser in ``config.json`` stops loaders that are told a dense class: they would fill the missing weights at random.
 """
 

@@ -17,11 +17,12 @@ _subclasses: dict[Any, type] = {}
 
 @dataclass
 class Undo:
-    """What one module was before: its class and those of its children that were replaced, added (None) or removed."""
+    """What one module was before: its class, its children that were replaced, added (None) or removed, and their order."""
 
     path: str
     cls: type[nn.Module] | None = None
     children: dict[str, nn.Module | None] = field(default_factory=dict)
+    order: tuple[str, ...] = ()
 
 
 @dataclass
@@ -61,11 +62,16 @@ def undo_changes(model: nn.Module, undos: list[Undo]) -> None:
         module = model.get_submodule(undo.path)
         for name, child in undo.children.items():
             _set_child(module, name, child)
+        # Children that came since, such as adapters, follow those that were there.
+        for name in [*undo.order, *(n for n in module._modules if n not in undo.order)]:
+            if name in module._modules:
+                module._modules[name] = module._modules.pop(name)
         if undo.cls is not None:
             module.__class__ = undo.cls
 
 
 def _apply(module: nn.Module, change: Change, undo: Undo) -> None:
+    undo.order = tuple(module._modules)
     for name, child in change.children.items():
         undo.children[name] = module._modules.get(name)
         _set_child(module, name, child)
