@@ -73,7 +73,8 @@ def act(hidden: Tensor) -> Tensor:
 
 def moefx(case: Case) -> Tensor:
     order, offsets = ops.group(case.experts, case.w1.shape[0])
-    hidden_RF = act(ops.grouped_linear(case.x, case.w1, None, order, offsets, case.experts.shape[1]))
+    rows_RF = ops.grouped_linear(case.x, case.w1, None, order, offsets, case.experts.shape[1])
+    hidden_RF = ops.activate(act, rows_RF)
     return ops.combine(ops.grouped_linear(hidden_RF, case.w2, None, None, offsets), order, case.gates)
 
 

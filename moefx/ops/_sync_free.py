@@ -23,7 +23,7 @@ TILE = 128
 
 def group_of_row(offsets: Tensor, rows: int) -> Tensor:
     """Return the group of each of ``rows`` sorted rows; rows of the tail get ``E``."""
-    return torch.bucketize(torch.arange(rows, device=offsets.device), offsets[1:].contiguous(), right=True)
+    return torch.bucketize(torch.arange(rows, device=offsets.device), offsets[1:], right=True)
 
 
 def rows_times_groups(x_RA: Tensor, weight_EAB: Tensor, offsets: Tensor) -> Tensor:
