@@ -64,7 +64,7 @@ def build(experts: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
     model = randomise_zeros(DiT(depth=3, width=32, label_dropout=0.0)).to(dtype)
     inputs = batch(2, device=torch.device("cpu"), dtype=dtype)
     moefx.transform(model, inputs, experts=experts, top_k=2, noise=0.2, router_std=0.5)
-    return model.to(device)
+    return model.to(device, dtype)  # routers start in float32
 
 
 def batch(samples: int, *, device: torch.device, dtype: torch.dtype, t: float | None = None, seed: int = 1) -> Batch:
@@ -88,13 +88,12 @@ def plan(model: nn.Module, strategy: str, device: torch.device, dtype: torch.dty
 
 def error(found: Tensor, wanted: Tensor) -> float:
     """Return the relative error."""
-    return float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
+    return float((found - wanted).detach().norm() / wanted.detach().norm().clamp_min(1e-30))
 
 
 def compare(whole: nn.Module, parallel: nn.Module, data: Batch, samples: int) -> tuple[float, float]:
     """Return the errors of this process's output and of all gradients, against the whole model on the whole batch."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    mine = slice(rank * samples, (rank + 1) * samples)
+    mine = slice(dist.get_rank() * samples, (dist.get_rank() + 1) * samples)
     wanted = whole(*data)
     wanted.square().mean().backward()
     out = parallel(*(tensor[mine] for tensor in data))
@@ -113,7 +112,7 @@ def compare(whole: nn.Module, parallel: nn.Module, data: Batch, samples: int) ->
         worst = max(worst, error(grad, other))
     errors = torch.tensor([error(out, wanted[mine]), worst], dtype=torch.float64, device=out.device)
     dist.all_reduce(errors, op=dist.ReduceOp.MAX)
-    return float(errors[0]), float(errors[1]) if ranks else 0.0
+    return float(errors[0]), float(errors[1])
 
 
 def run(options: argparse.Namespace, device: torch.device) -> bool:
@@ -132,9 +131,8 @@ def run(options: argparse.Namespace, device: torch.device) -> bool:
         total = sum(p.nbytes for p in whole.parameters())
         print(placement)
         print(f"weights per process: at most {held.item():,.0f} of {total:,} bytes")
-        verdict = "equal" if equal else "DIFFER FROM"
-        count = f"{dist.get_world_size()} processes"
-        print(f"{count} {verdict} one process: output within {forward:.1e}, gradients within {backward:.1e} (relative)")
+        verdict = f"{dist.get_world_size()} processes {'equal' if equal else 'DIFFER FROM'} one process"
+        print(f"{verdict}: output within {forward:.1e}, gradients within {backward:.1e} (relative)")
     return equal
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -53,22 +52,17 @@ class Placement(BaseModel):
         """Predicted expert time against perfect balance, at least 1."""
         return self.objective / self.balanced if self.balanced > 0 else 1.0
 
-    @cached_property
-    def _slots(self) -> tuple[tuple[IDs, ...], ...]:
-        rows = [np.asarray(row, dtype=np.int64) for row in self.primary]
-        return tuple(tuple(np.flatnonzero(row == g) for g in range(len(self.devices))) for row in rows)
-
     def experts_of(self, layer: int, device: int) -> IDs:
         """Return the experts of ``layer`` on ``device`` in ascending order: slot i of the device holds the i-th."""
-        return self._slots[layer][device]
+        return np.flatnonzero(np.asarray(self.primary[layer]) == device)
 
     def order(self, layer: int) -> IDs:
         """Return the physical order ``[E]``: experts sorted by device, then by number."""
-        return np.concatenate(self._slots[layer])
+        return np.argsort(self.primary[layer], kind="stable")
 
     def counts(self, layer: int) -> IDs:
         """Return the number of experts of ``layer`` on each device ``[G]``."""
-        return np.array([len(slots) for slots in self._slots[layer]], dtype=np.int64)
+        return np.bincount(self.primary[layer], minlength=len(self.devices))
 
     def bytes_per_device(self, dims: ModelDims, budget: Budget | None = None) -> NDArray[np.float64]:
         """Return the bytes of weights on each device ``[G]``, those that every device keeps included."""

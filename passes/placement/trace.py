@@ -101,7 +101,7 @@ class RoutingTrace:
             InputError: its numbers are no trace.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with Path(path).open("rb") as raw, np.load(raw, allow_pickle=False) as file:
                 version = int(file["version"])
                 if version != VERSION:
                     raise UnsafeInputError(
