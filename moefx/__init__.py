@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moefx.api import misses, plan, sites, transform, untransform
     from moefx.errors import MoefxError
     from moefx.graph import Graph, trace
+    from moefx.inspect.dump import dump
     from moefx.model.load import load
     from moefx.model.save import save
     from moefx.training import aux_loss, health
@@ -24,6 +25,7 @@ _PUBLIC = {
     "Graph": "moefx.graph",
     "MoefxError": "moefx.errors",
     "aux_loss": "moefx.training",
+    "dump": "moefx.inspect.dump",
     "health": "moefx.training",
     "load": "moefx.model.load",
     "misses": "moefx.api",

@@ -1,0 +1,17 @@
+"""The ``moefx`` command: one file per subcommand; torch is imported only when a command needs it."""
+
+from __future__ import annotations
+
+from moefx.cli.doctor import doctor
+from moefx.cli.dump import dump
+from moefx.cli.frame import app, main
+from moefx.cli.plan import plan
+from moefx.cli.recipes import recipes
+from moefx.cli.sites import sites
+from moefx.cli.transform import transform
+from moefx.cli.verify import verify
+
+for _command in (dump, sites, plan, transform, verify, recipes, doctor):
+    app.command()(_command)
+
+__all__ = ["app", "main"]

@@ -95,12 +95,13 @@ def routed_mark(module: nn.Module) -> str:
 
 def _extras(module: nn.Module) -> str:
     words = []
+    taps: tuple[str, ...] = tuple(getattr(module, "taps", ()))
     if getattr(module, "granularity", 1) != 1:
         words.append(f"shards of 1/{module.granularity}")
     if getattr(module, "shared", None) is not None:
         words.append("shared expert")
-    if getattr(module, "taps", ()):
-        words.append(f"router reads token + {' + '.join(module.taps)}")
+    if taps:
+        words.append(f"reads token + {' + '.join(clean(tap) for tap in taps)}")
     return "".join(f", {word}" for word in words)
 
 

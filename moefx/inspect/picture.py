@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import networkx as nx
+import torch
 from torch.fx import Node
 
 from moefx.graph import Graph
@@ -90,12 +91,17 @@ def _connect(owner: Box, parts: list[tuple[Box, tuple[Node, ...]]], nodes: list[
         sources = frozenset().union(*(reached.get(used, frozenset()) for used in node.all_input_nodes))
         at = inside.get(node)
         if at is None:
-            reached[node] = sources
+            reached[node] = frozenset() if _is_scalar(node) else sources
             continue
         reached[node] = frozenset({at})
         arrows |= {(source, at) for source in sources if source != at}
     forward = nx.DiGraph(sorted((a, b) for a, b in arrows if a < b))
     owner.arrows = sorted(nx.transitive_reduction(forward).edges) if forward.number_of_edges() else []
+
+
+def _is_scalar(node: Node) -> bool:
+    """Tell whether a node is a size or a dtype: what only reads these does not read the data."""
+    return isinstance(node.meta.get("val"), bool | int | float | torch.dtype | torch.device | torch.Size | str)
 
 
 def dot_text(graph: Graph, region: Region) -> str:

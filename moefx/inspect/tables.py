@@ -54,8 +54,8 @@ def plan_text(plan: Plan) -> str:
         f"  expected speed: {1 / cost.flops_ratio:.2f}x by FLOPs,"
         f" about {0.85 / cost.flops_ratio:.2f}x when routing costs 15 %",
     ]
-    columns = (("site", "left"), ("kind", "left"), ("role", "left"), ("rule", "left"), ("realised at", "left"))
-    columns = (*columns, ("parameters", "right"), ("active", "right"))
+    left = ("site", "kind", "role", "rule", "realised at")
+    columns = [*((header, "left") for header in left), ("parameters", "right"), ("active", "right")]
     rows = [
         (
             s.name,
@@ -81,17 +81,20 @@ def report_text(report: Report) -> str:
     """Return a report as text."""
     times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in report.seconds.items())
     head = f"{plan_text(report.plan)}\nproof: {report.proof_summary()}\ntimes: {times}\n"
-    if not report.checks:
-        return head
-    columns = (
-        ("site", "left"),
-        ("contract", "left"),
+    return head + (f"\n{checks_text(report)}" if report.checks else "")
+
+
+def checks_text(report: Report) -> str:
+    """Return the checks of a report as text."""
+    left = ("site", "contract")
+    columns = [
+        *((header, "left") for header in left),
         ("relative error", "right"),
         ("bound", "right"),
         ("dtype", "left"),
-    )
+    ]
     rows = [(c.name, c.contract, f"{c.error:.2e}", f"{c.bound:.1e}", c.dtype) for c in report.checks]
-    return head + "\n" + table_text("checked against the dense site", columns, rows)
+    return table_text("checked against the dense site", columns, rows)
 
 
 def sites_text(graph: Graph) -> str:
