@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,21 +18,27 @@ _subclasses: dict[Any, type] = {}
 
 @dataclass
 class Undo:
-    """What one module was before: its class, its children that were replaced, added (None) or removed, and their order."""
+    """What one module was before.
+
+    Its class, its children that were replaced, added (None) or removed and their order, and, by the path of their
+    owner, all parameters of owners that lost some.
+    """
 
     path: str
     cls: type[nn.Module] | None = None
     children: dict[str, nn.Module | None] = field(default_factory=dict)
     order: tuple[str, ...] = ()
+    parameters: dict[str, dict[str, nn.Parameter | None]] = field(default_factory=dict)
 
 
 @dataclass
 class Change:
-    """What one module becomes: children to set (None removes) and, if rewritten itself, its new forward."""
+    """What one module becomes: children to set (None removes), its new forward, parameters that nothing reads now."""
 
     path: str
     children: dict[str, nn.Module | None] = field(default_factory=dict)
     forward: Forward | None = None
+    unused: tuple[str, ...] = ()
 
 
 def apply_changes(model: nn.Module, changes: list[Change]) -> list[Undo]:
@@ -40,7 +47,10 @@ def apply_changes(model: nn.Module, changes: list[Change]) -> list[Undo]:
     try:
         for change in changes:
             done.append(Undo(change.path))
-            _apply(model.get_submodule(change.path), change, done[-1])
+            module = model.get_submodule(change.path)
+            _apply(module, change, done[-1])
+            for name in change.unused:
+                _drop_parameter(module, name, done[-1])
     except BaseException:
         undo_changes(model, done)
         raise
@@ -63,11 +73,39 @@ def undo_changes(model: nn.Module, undos: list[Undo]) -> None:
         for name, child in undo.children.items():
             _set_child(module, name, child)
         # Children that came since, such as adapters, follow those that were there.
-        for name in [*undo.order, *(n for n in module._modules if n not in undo.order)]:
-            if name in module._modules:
-                module._modules[name] = module._modules.pop(name)
+        _reorder(module._modules, undo.order)
+        for path, saved in undo.parameters.items():
+            _restore_parameters(module.get_submodule(path), saved)
         if undo.cls is not None:
             module.__class__ = undo.cls
+
+
+def _reorder(entries: dict[str, Any], order: Iterable[str]) -> None:
+    """Bring a dict into ``order``; keys that are not in it come last."""
+    rest = dict(entries)
+    entries.clear()
+    entries.update({name: rest.pop(name) for name in order if name in rest} | rest)
+
+
+def _drop_parameter(module: nn.Module, name: str, undo: Undo) -> None:
+    path, _, key = name.rpartition(".")
+    owner = module.get_submodule(path)
+    undo.parameters.setdefault(path, dict(owner._parameters))
+    if isinstance(owner, nn.ParameterDict):
+        del owner[key]
+    else:
+        del owner._parameters[key]
+
+
+def _restore_parameters(owner: nn.Module, saved: dict[str, nn.Parameter | None]) -> None:
+    """Put dropped parameters back where they stood; the others stay what they are now."""
+    for name, parameter in saved.items():
+        owner._parameters.setdefault(name, parameter)
+        if isinstance(owner, nn.ParameterDict):
+            owner._keys[name] = None
+    _reorder(owner._parameters, saved)
+    if isinstance(owner, nn.ParameterDict):
+        _reorder(owner._keys, saved)
 
 
 def _apply(module: nn.Module, change: Change, undo: Undo) -> None:
@@ -125,9 +163,11 @@ def _refuse_pickle(self: nn.Module, protocol: Any) -> Any:
 def _inherit_registrations(cls: type, made: type) -> None:
     """diffusers keys its block and cache registries by class: the subclass inherits its parent's entries."""
     helpers = sys.modules.get("diffusers.hooks._helpers")
-    for registry_name in ("TransformerBlockRegistry", "AttentionProcessorRegistry"):
-        registry = getattr(helpers, registry_name, None)
-        stores = [v for k, v in vars(registry).items() if k.startswith("_") and isinstance(v, dict)] if registry else []
-        for store in stores:
+    for name in ("TransformerBlockRegistry", "AttentionProcessorRegistry"):
+        registry: Any = getattr(helpers, name, None)
+        if registry is None:
+            continue
+        getattr(registry, "_register", lambda: None)()  # a registry fills itself when it is first read
+        for store in [v for k, v in vars(registry).items() if k.startswith("_") and isinstance(v, dict)]:
             if cls in store:
                 store[made] = store[cls]

@@ -113,32 +113,36 @@ def _near_miss(miss: Any) -> SkippedSite:
 def _plan_site(graph: Graph, facts: Facts, rule: Pass, site: Site) -> SitePlan:
     """Decide where a site is realised: its module, else the smallest module around it and its taps."""
     call = _call(graph, site)
-    as_module = site.region_is_module and site.kind == "ffn"
-    simple = as_module and not rule.taps and _single_input(call) is site.operands["x"]
-    costs = rule.costs(site)
-    common: dict[str, Any] = {
-        "name": site.name,
-        "kind": site.kind,
-        "flavour": site.flavour,
-        "role": site.role,
-        "rule": rule.name,
-        "weights": weight_names(site),
-        "calls": sum(s.path == site.path and s.kind == site.kind for s in facts.sites),
-        "parameters_before": costs.parameters_before,
-        "parameters_after": costs.parameters_after,
-        "active_before": costs.active_before,
-        "active_after": costs.active_after,
-        "saved_fraction": costs.saved_fraction,
-    }
+    where = _where(graph, facts, rule, site, call)
+    tap_width = sum(tap.width for tap in where.get("taps", ()) if tap.rank > 1)
+    costs = rule.costs(site, tap_width)
+    return SitePlan(
+        name=site.name,
+        kind=site.kind,
+        flavour=site.flavour,
+        role=site.role,
+        rule=rule.name,
+        weights=weight_names(site),
+        calls=sum(s.path == site.path and s.kind == site.kind for s in facts.sites) if site.region_is_module else 1,
+        parameters_before=costs.parameters_before,
+        parameters_after=costs.parameters_after,
+        active_before=costs.active_before,
+        active_after=costs.active_after,
+        saved_fraction=costs.saved_fraction,
+        **where,
+    )
+
+
+def _where(graph: Graph, facts: Facts, rule: Pass, site: Site, call: ModuleCall | None) -> dict[str, Any]:
+    """Return the fields of a site's plan that say where it is realised."""
     if site.kind == "block":
-        return SitePlan(tier="block", module=None, **common, **_plan_whole_block(graph, site, call))
-    if as_module:
-        assert call is not None
-        common |= {"module": site.path, "module_inputs": _ffn_inputs(site)}
-        if simple:
-            return SitePlan(tier="module", **common)
-        return SitePlan(tier="block", **common, **_plan_block(graph, facts, rule, site, _parent(site.path)))
-    return SitePlan(tier="block", module=None, **common, **_plan_block(graph, facts, rule, site, site.path))
+        return {"tier": "block", "module": None, **_plan_whole_block(graph, site, call)}
+    if not (site.region_is_module and site.kind == "ffn"):
+        return {"tier": "block", "module": None, **_plan_block(graph, facts, rule, site, site.path)}
+    module = {"module": site.path, "module_inputs": _ffn_inputs(site)}
+    if not rule.taps and _single_input(call) is site.operands["x"]:
+        return {"tier": "module", **module}
+    return {"tier": "block", **module, **_plan_block(graph, facts, rule, site, _parent(site.path))}
 
 
 def _call(graph: Graph, site: Site) -> ModuleCall | None:

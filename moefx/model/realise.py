@@ -119,7 +119,7 @@ def _rewrite_block(
     assert inputs is not None
     expand = {path for plan in plans for path in plan.expand}
     graph = local_graph(module, inputs, "children", expand)
-    before = {str(n.target) for n in graph.fx.nodes if n.op == "call_module"}
+    before, read = _targets(graph, "call_module"), _targets(graph, "get_attr")
     children: dict[str, nn.Module | None] = {}
     wraps: list[Callable[[Forward], Forward]] = []
     made: list[Realised] = []
@@ -136,14 +136,19 @@ def _rewrite_block(
         children |= edit.children
         wraps += [edit.wrap] if edit.wrap else []
         made.append(realised)
-    after = {str(n.target) for n in graph.fx.nodes if n.op == "call_module"}
-    children |= dict.fromkeys(sorted(t for t in before - after if "." not in t))
+    children |= dict.fromkeys(sorted(t for t in before - _targets(graph, "call_module") if "." not in t))
+    parameters = dict(module.named_parameters())
+    unused = tuple(sorted(t for t in read - _targets(graph, "get_attr") if t in parameters))
     with future_children(module, children):
         verify_graph(graph, f"rewriting {path!r}")
     forward = make_forward(graph) if len(wraps) < len(plans) else type(module).forward
     for wrap in wraps:
         forward = wrap(forward)
-    return Change(path, children, forward), made
+    return Change(path, children, forward, unused), made
+
+
+def _targets(graph: Graph, op: str) -> set[str]:
+    return {str(node.target) for node in graph.fx.nodes if node.op == op}
 
 
 def _whole_block(graph: Graph, plan: SitePlan, rule: BlockPass, seed: int) -> tuple[Realised, Edit]:

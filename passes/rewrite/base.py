@@ -151,8 +151,11 @@ class Pass(ABC):
         """Return what the rewrite promises with these options."""
 
     @abstractmethod
-    def costs(self, site: Site) -> Costs:
-        """Return what the rewrite does to the parameters and the compute of ``site``."""
+    def costs(self, site: Site, tap_width: int = 0) -> Costs:
+        """Return what the rewrite does to the parameters and the compute of ``site``.
+
+        ``tap_width`` is the total width of what the taps yield (0 for a raw timestep).
+        """
 
     def warnings(self) -> list[str]:
         """Return what the user should know about these options."""

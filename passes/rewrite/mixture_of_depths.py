@@ -70,7 +70,7 @@ class MixtureOfDepths(BlockPass):
             return Contract("exact", 0.0, "every token passes with weight 1")
         return Contract("approximate", self.options.max_error, "tokens are skipped or weighted")
 
-    def costs(self, site: Site) -> Costs:
+    def costs(self, site: Site, tap_width: int = 0) -> Costs:
         """Return the router's parameters and multiply-adds per token; what skipping saves is in ``saved_fraction``."""
         width = int(site.shapes["x"][-1])
         return Costs(0, width + 1, 0, width, saved_fraction=1 - self.options.capacity)

@@ -74,7 +74,7 @@ class MixtureOfHeads(SitePass):
             return Contract("exact", 0.0, "zero routers and all heads active: every gate is 1")
         return Contract("approximate", self.options.max_error, "heads are dropped or weighted")
 
-    def costs(self, site: Site) -> Costs:
+    def costs(self, site: Site, tap_width: int = 0) -> Costs:
         """Return the gates' parameters and multiply-adds per token; heads that are off save nothing until lowered."""
         o, heads = self.options, _heads(site)
         width = int(site.shapes["x"][-1])

@@ -151,16 +151,16 @@ class Upcycle(SitePass):
             return Contract("approximate", o.max_error, f"the gates of mode {o.mode} do not sum to one")
         return Contract("approximate", o.max_error, "the experts differ from the dense FFN by noise or fresh neurons")
 
-    def costs(self, site: Site) -> Costs:
+    def costs(self, site: Site, tap_width: int = 0) -> Costs:
         """Return parameters and multiply-adds per token."""
         o = self.options
-        dim, hidden, _, _ = ffn_sizes(site)
+        dim, _, out, _ = ffn_sizes(site)
         parameters, compute = ffn_counts(site)
-        bias = ffn_sizes(site)[2] if "b_out" in site.operands else 0
-        router = o.groups * (dim + (TIMESTEP_WIDTH if self.taps else 0))
+        bias = out if "b_out" in site.operands else 0
+        rows = o.experts if o.untie else o.groups
+        router = rows * (dim + ((tap_width or TIMESTEP_WIDTH) if self.taps else 0))
         after = (parameters - bias) * (o.groups + o.shared) + bias + router
         active = compute * o.top_k // o.granularity + compute * o.shared + router
-        del hidden
         return Costs(parameters, after, compute, active)
 
     def warnings(self) -> list[str]:
