@@ -137,7 +137,7 @@ def test_adaln_modulation_is_found() -> None:
     site = next(s for s in facts.sites if s.name == "blocks.1.mlp")
     found = facts.modulation(site)
     assert None not in (found.shift, found.scale, found.gate)
-    assert found.shift and found.scale and found.gate
+    assert found.shift is not None
     stream = site.operands["stream"]
     wanted = [found.shift, found.scale, found.gate, stream, site.inputs[0], site.output, site.operands["residual"]]
     shift, scale, gate, s, x, y, out = (graph.values(wanted, *args, **kwargs)[n] for n in wanted)

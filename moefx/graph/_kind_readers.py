@@ -65,18 +65,28 @@ def _read_pointwise(node: Node, call: Spelling, kind: str, graph: Graph) -> Op:
         operands = [operands[0], *((low, high) if call.name == "clamp" else (call.arg(1, call.name[6:]),))]
     else:
         operands += [number(call.kwargs[k]) for k in ("input", "self", "other", "exponent") if k in call.kwargs]
+    name, operands = _canonical(call.name, operands, options)
     fused = _biased_linear(node, operands, options, graph) if kind == "add" else None
     if fused is not None:
         return fused
-    options = {k: v for k, v in options.items() if not _is_default(call.name, k, v)}
+    options = {k: v for k, v in options.items() if not _is_default(name, k, v)}
     operands = operands[:1] if call.name in ("relu", "silu", "mish", "relu6", "selu", "hardswish") else operands
-    _name_options(call.name, operands, options)
+    _name_options(name, operands, options)
     return Op(
         kind,
-        call.name,
+        name,
         data(node, graph),
         attrs={"operands": tuple(operands), "options": options, "in_place": call.in_place},
     )
+
+
+def _canonical(name: str, operands: list[Any], options: dict[str, Any]) -> tuple[str, list[Any]]:
+    """Write reversed subtractions forwards, and the number last in sums and products, as ``aten`` does."""
+    if name == "rsub" and options.get("alpha", 1) == 1 and len(operands) == 2:
+        return "sub", operands[::-1]
+    if name in ("add", "mul") and len(operands) == 2 and not isinstance(operands[0], Node):
+        return name, operands[::-1]
+    return name, operands
 
 
 def _is_default(name: str, option: str, chosen: Any) -> bool:

@@ -31,61 +31,69 @@ _WORK = frozenset({"linear", "conv", "sdpa", "matmul", "mha"})
 def find_blocks(context: Context, sites: list[Site]) -> list[Match]:
     """Return the blocks of a graph, given its sub-layers."""
     layers = [s for s in sites if isinstance(s.operands.get("residual"), Node)]
-    calls = _chosen(context, layers)
+    mapping = [c for c in context.graph.calls if c.path and _works(context, c) and streams_of(context, c)]
+    alike = _alike(context.flow, mapping)
+    calls = _chosen(context, mapping, layers, alike)
     if not calls:
         return _periodic(context, layers)
-    structures = {id(c): structure(context.flow, c.nodes) for c in calls}
-    alike: dict[Hashable, list[ModuleCall]] = {}
-    for call in calls:
-        alike.setdefault((call.type_name, structures[id(call)]), []).append(call)
     found = []
     for call in calls:
-        same = alike[call.type_name, structures[id(call)]]
+        group = {id(c) for c in alike[id(call)]}
+        same = [c for c in calls if id(c) in group]
         inner = [s for s in layers if _within(s, set(call.nodes))]
-        found.append(Match(_call_site(context, call, inner, len(same), same.index(call))))
+        found.append(Match(_call_site(context, call, inner, len(same), [id(c) for c in same].index(id(call)))))
     return found
 
 
+def _works(context: Context, call: ModuleCall) -> bool:
+    return any(context.flow.ops[n].kind in _WORK for n in call.nodes)
+
+
+def _alike(flow: Flow, calls: list[ModuleCall]) -> dict[int, list[ModuleCall]]:
+    """Return, per invocation, all invocations of the same type and structure."""
+    groups: dict[Hashable, list[ModuleCall]] = {}
+    for call in calls:
+        groups.setdefault((call.type_name, structure(flow, call.nodes)), []).append(call)
+    return {id(call): same for same in groups.values() for call in same}
+
+
 def structure(flow: Flow, nodes: tuple[Node, ...]) -> Hashable:
-    """Return what two isomorphic regions have in common: the kinds of their operations and how these are connected."""
-    place = {node: i for i, node in enumerate(n for n in nodes if flow.ops[n].kind not in ("size", "param"))}
-    return tuple(
-        (flow.ops[n].kind, flow.ops[n].name, tuple(place.get(s, -1) for s in flow.ops[n].inputs)) for n in place
-    )
+    """Return what two isomorphic regions have in common: their operations in order, and how these are connected."""
+    place: dict[Node, int] = {}
+    made: list[Hashable] = []
+    for node in nodes:
+        what = flow.ops[node]
+        if what.kind not in ("size", "param"):
+            made.append((what.name, *(place.get(source, -1) for source in what.inputs)))
+            place[node] = len(place)
+    return hash(tuple(made))
 
 
 # -- by module invocation ----------------------------------------------------------------------------------------------
 
 
-def _chosen(context: Context, layers: list[Site]) -> list[ModuleCall]:
-    """Return the invocations that are blocks, in program order."""
-    flow = context.flow
-    calls = [c for c in flow.graph.calls if c.path and c.nodes]
-    nodes = {id(c): set(c.nodes) for c in calls}
-    count = {id(c): sum(_within(s, nodes[id(c)]) for s in layers) for c in calls}
-    mapping = [c for c in calls if any(flow.ops[n].kind in _WORK for n in c.nodes) and streams_of(context, c)]
+def _chosen(
+    context: Context, mapping: list[ModuleCall], layers: list[Site], alike: dict[int, list[ModuleCall]]
+) -> list[ModuleCall]:
+    """Return those of the invocations that are blocks, in program order."""
+    nodes = {id(c): set(c.nodes) for c in mapping}
+    count = {id(c): sum(_within(s, nodes[id(c)]) for s in layers) for c in mapping}
     chosen: list[ModuleCall] = []
+    taken: set[Node] = set()
     for call in sorted(mapping, key=lambda c: len(c.nodes)):
-        if count[id(call)] >= 2 and not any(nodes[id(c)] < nodes[id(call)] for c in chosen):
+        if count[id(call)] >= 2 and not taken & nodes[id(call)]:
             chosen.append(call)
-    repeated = _repeated(flow, mapping)
+            taken |= nodes[id(call)]
     for call in sorted(mapping, key=lambda c: len(c.nodes)):
-        overlaps = any(nodes[id(c)] & nodes[id(call)] for c in chosen)
-        if count[id(call)] < 2 and id(call) in repeated and not overlaps:
+        if count[id(call)] < 2 and len(alike[id(call)]) > 1 and not taken & nodes[id(call)]:
             chosen.append(call)
-    return sorted(chosen, key=lambda c: flow.index[c.nodes[0]])
+            taken |= nodes[id(call)]
+    return sorted(chosen, key=lambda c: context.flow.index[c.nodes[0]])
 
 
 def _within(site: Site, nodes: set[Node]) -> bool:
     """Whether a sub-layer and the add of its result lie inside ``nodes``."""
     return site.output in nodes and site.operands["residual"] in nodes
-
-
-def _repeated(flow: Flow, calls: list[ModuleCall]) -> set[int]:
-    alike: dict[Hashable, list[int]] = {}
-    for call in calls:
-        alike.setdefault((call.type_name, structure(flow, call.nodes)), []).append(id(call))
-    return {i for same in alike.values() if len(same) > 1 for i in same}
 
 
 def streams_of(context: Context, call: ModuleCall) -> tuple[tuple[Node, Node], ...]:

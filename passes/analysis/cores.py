@@ -154,12 +154,12 @@ def _products(context: Context, node: Node) -> Iterator[tuple[Node, Node]]:
 def _unnormalised(context: Context, first: Node, used: set[Node]) -> Iterator[Core]:
     """Match two chained products without softmax, all of whose three operands are projections."""
     inputs = context.flow.ops[first].inputs
-    if len(inputs) != 2 or not all(_is_projected(context, n) for n in inputs):
+    if len(inputs) != 2 or any(len(shape(n) or ()) < 3 for n in inputs):
         return
     for second, state in _products(context, first):
         operands = context.flow.ops[second].inputs
         other = [n for n in operands[:2] if n is not state]
-        if second in used or not other or not _is_projected(context, other[0]):
+        if second in used or not other or not _are_three_projections(context, (*inputs, other[0])):
             continue
         used.update({first, second})
         if _contracts_features(context, first):
@@ -171,8 +171,10 @@ def _unnormalised(context: Context, first: Node, used: set[Node]) -> Iterator[Co
             yield Core("linear", other[0], key, value, second, contracted(context, second))
 
 
-def _is_projected(context: Context, node: Node) -> bool:
-    return len(shape(node) or ()) >= 3 and bool(read_operand(context, node).parts)
+def _are_three_projections(context: Context, nodes: tuple[Node, ...]) -> bool:
+    """Whether three values come from three different projections, or from different rows of one."""
+    found = {tuple(str(p.weight) for p in read_operand(context, n).parts) for n in nodes}
+    return len(found) == 3 and () not in found
 
 
 def _contracts_features(context: Context, product: Node) -> bool:

@@ -203,8 +203,8 @@ def _part(context: Context, base: Node, offset: int, entries: list[tuple[Node, L
     what = context.flow.ops[base]
     if "weight" not in what.params:
         return None
-    value, lane = entries[0]
     rows = _used(entries)
+    value, lane = _holder(context, entries, rows)
     size = what.attrs["out_features"]
     bias = what.params.get("bias")
     return Part(
@@ -216,6 +216,17 @@ def _part(context: Context, base: Node, offset: int, entries: list[tuple[Node, L
         lane,
         offset,
     )
+
+
+def _holder(context: Context, entries: list[tuple[Node, Lane]], rows: Rows) -> tuple[Node, Lane]:
+    """Return the last value that holds all used features: of the halves of a rotary embedding, what was halved."""
+    value, lane = entries[0]
+    while len(np.unique(lane.rows)) < len(rows) and value is not lane.base:
+        value = context.flow.ops[value].inputs[0]
+        above = context.lanes.of(value)
+        assert above is not None, "a lane comes from a lane"
+        lane = above
+    return value, lane
 
 
 def _used(entries: list[tuple[Node, Lane]]) -> Rows:
