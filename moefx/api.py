@@ -80,7 +80,7 @@ def transform(
         model: the dense model.
         inputs: example inputs: a dict of keyword arguments, a tuple of positional ones, or ``(tuple, dict)``.
             Synthesised for diffusers denoisers and for models with a registered input maker.
-        recipe: a name from ``moefx.recipes()``.
+        recipe: a name that ``moefx recipes`` lists.
         passes: pass names or pass objects to use instead of a recipe.
         only: site kinds, names or globs to rewrite; all by default.
         skip: site kinds, names or globs to leave dense.

@@ -58,6 +58,10 @@ class UnsafeInputError(MoefxError):
     exit_code = 5
 
 
+class MoefxWarning(UserWarning):
+    """Something that a user can act on."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``"did you mean 'x'? "`` followed by the known names, for use in the ``do`` part of an error."""
     names = sorted(known)

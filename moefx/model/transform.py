@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
 
-from moefx.errors import InputError, PlanError, VerifyError
+from moefx.errors import InputError, MoefxWarning, PlanError, VerifyError
 from moefx.graph import Graph, trace
 from moefx.graph.signature import Inputs
 from moefx.model.diffusers import as_saved_class
@@ -91,7 +92,8 @@ def transform_model(
     clock = Clock()
     check_model(model, rules)
     graph, plan = plan_model(model, inputs, rules, recipe=recipe, only=only, skip=skip, seed=seed, clock=clock)
-    check_weights(graph, [name for site in plan.sites for name in site.weights])
+    with clock.stage("verify"):
+        check_weights(graph, [name for site in plan.sites for name in site.weights])
     meta = any(p.is_meta for p in model.parameters())
     assert graph.call_spec is not None
     call = graph.call_spec.rebuild(graph.call_spec.examples)
@@ -127,6 +129,8 @@ def transform_model(
         seconds=clock.seconds,
     )
     attach(model, Applied(report, undos, was))
+    for warning in plan.warnings:
+        warnings.warn(warning, MoefxWarning, stacklevel=4)
     return model
 
 

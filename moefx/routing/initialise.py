@@ -42,7 +42,7 @@ def generator(seed: Seed) -> torch.Generator:
 
 def copies(dense: FFNWeights, n: int) -> FFNWeights:
     """Return n identical experts (sparse upcycling, arXiv 2212.05055); ``b_out`` stays one vector behind them."""
-    return dense.neurons(lambda tensor, _: tensor.detach().unsqueeze(0).repeat(n, *[1] * tensor.ndim))
+    return dense.neurons(lambda tensor, _: torch.stack([tensor.detach()] * n))
 
 
 def shards(dense: FFNWeights, parts: int, labels: Tensor | None = None) -> FFNWeights:
@@ -85,6 +85,8 @@ def granular_copies(dense: FFNWeights, n: int, granularity: int) -> FFNWeights:
     its gate, and their sum is the whole FFN: nothing is multiplied by G, √G or ∛G as in the release, which is off by
     11–14 % for SwiGLU and GELU.
     """
+    if granularity == 1:
+        return copies(dense, n)
     cut = shards(dense, granularity)
     return cut.neurons(lambda tensor, _: tensor.repeat(n, *[1] * (tensor.ndim - 1)))
 

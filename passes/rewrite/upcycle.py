@@ -58,7 +58,9 @@ class UpcycleOptions(Options):
     normalise: str | None = Field(
         None, description="gate normalisation, N1 … N10 or its name; None: exact and trainable"
     )
-    router_init: Literal["normal", "zero"] = Field("normal", description="start of the router's rows")
+    router_init: Literal["normal", "zero", "tied"] = Field(
+        "normal", description="start of the router's rows; tied: normal, and equal within a group (see untie)"
+    )
     router_std: float = Field(0.02, ge=0, description="standard deviation of a normal start")
     untie: bool = Field(False, description="give each member of a group its own router row, equal at the start")
     router_input: Literal["token", "timestep+token"] = Field("token", description="what the router reads")
@@ -228,7 +230,7 @@ class Upcycle(SitePass):
             std=0.0,
             device=device,
         )
-        if o.router_init == "normal" and router.weight is not None:
+        if o.router_init != "zero" and router.weight is not None:
             rows = normal_rows(o.groups, dim, context.generator("router"), std=o.router_std)
             with torch.no_grad():
                 router.weight.copy_(untie(rows, o.granularity) if o.untie else rows)
