@@ -101,8 +101,9 @@ def _tile(images: Tensor, columns: int) -> NDArray[np.float32]:
 
 def utilisation(path: Path, load: Tensor, names: list[str]) -> None:
     """Draw the load [layer, bucket, expert] relative to an even one, a panel per layer."""
-    layers, buckets, experts = load.shape
+    layers, _, experts = load.shape
     relative = load.numpy() * experts
+    top = max(2.0, float(relative.max()))
     with plt.rc_context(STYLE | {"axes.grid": False}):
         figure, panels = plt.subplots(
             1, layers, figsize=(3.7 * layers + 1, 1.9 + 0.25 * experts), sharey=True, squeeze=False
@@ -112,24 +113,23 @@ def utilisation(path: Path, load: Tensor, names: list[str]) -> None:
                 values.T,
                 cmap="viridis",
                 vmin=0,
-                vmax=max(2.0, relative.max()),
+                vmax=top,
                 origin="lower",
                 aspect="auto",
                 extent=(0, 1, -0.5, experts - 0.5),
             )
             axis.set(title=name, xlabel="time t (0: data, 1: noise)", xticks=[0, 0.5, 1])
-            _annotate(axis, values, buckets)
+            _annotate(axis, values, top)
         panels[0][0].set(ylabel="expert", yticks=range(experts))
         figure.colorbar(image, ax=panels[0], label="load relative to an even one", pad=0.015)
         figure.suptitle("Expert load over time: validation images, after fine-tuning")
         save(figure, path)
 
 
-def _annotate(axis: Axes, values: NDArray[np.float32], buckets: int) -> None:
-    top = max(2.0, float(values.max()))
-    for bucket in range(buckets):
-        for expert, value in enumerate(values[bucket]):
+def _annotate(axis: Axes, values: NDArray[np.float32], top: float) -> None:
+    """Write the values [bucket, expert] into their cells, legibly on the colour of the cell."""
+    for bucket, experts in enumerate(values):
+        x = (bucket + 0.5) / len(values)
+        for expert, value in enumerate(experts):
             colour = "white" if value < 0.6 * top else "black"
-            axis.text(
-                (bucket + 0.5) / buckets, expert, f"{value:.1f}", ha="center", va="center", fontsize=7, color=colour
-            )
+            axis.text(x, expert, f"{value:.1f}", ha="center", va="center", fontsize=7, color=colour)

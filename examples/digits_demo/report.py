@@ -164,10 +164,16 @@ def _buckets(facts: Facts) -> str:
 def _experts(facts: Facts) -> str:
     rows = []
     for layer in facts["experts"]:
-        shares = layer["load"]
-        rows.append([f"`{layer['layer']}`", *(f"{100 * share:.1f} %" for share in shares)])
-    headings = ["layer", *(f"expert {index}" for index in range(len(facts["experts"][0]["load"])))]
-    return "Share of tokens over all times, validation images, after fine-tuning:\n\n" + table(headings, rows)
+        shares, count = layer["load"], len(layer["load"])
+        by_time = [load * count for bucket in layer["load_by_time"] for load in bucket]
+        extremes = (max(shares) * count, min(shares) * count, max(by_time), min(by_time))
+        unused = sum(share == 0 for share in shares)
+        rows.append([f"`{layer['layer']}`", str(count), *(f"{value:.2f}" for value in extremes), str(unused)])
+    headings = ["layer", "experts", "busiest", "idlest", "busiest in a bucket", "idlest in a bucket", "never used"]
+    return (
+        "Tokens of the validation images, relative to an even load, after fine-tuning: over all times, and within one "
+        "bucket of the table above.\n\n" + table(headings, rows)
+    )
 
 
 def _run(facts: Facts) -> str:
@@ -184,9 +190,9 @@ def _run(facts: Facts) -> str:
 def show(facts: Facts, folder: Path) -> None:
     """Print the result table and what was written."""
     console = Console()
-    shown = Table(title="moefx on 8 × 8 digits", title_justify="left", box=SIMPLE_HEAD)
+    shown = Table(title="moefx on 8 × 8 digits", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for index, heading in enumerate(HEADINGS):
-        shown.add_column(heading, justify="left" if index == 0 else "right")
+        shown.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
     for row in summary_rows(facts):
         shown.add_row(*row)
     console.print(shown)
