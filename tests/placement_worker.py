@@ -11,9 +11,12 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from moefx.errors import MoefxError
 from moefx.parallel import average_gradients, gather_experts, gather_state_dict, parallel_layers, parallelize
@@ -65,7 +68,13 @@ def shards(tokens: list[int], dtype: torch.dtype) -> list[Tensor]:
 
 
 def compare(
-    model: Net, where: Placement, tokens: list[int], dtype: torch.dtype, *, ddp: bool = False, same: bool = True
+    model: Net,
+    where: Placement,
+    tokens: list[int],
+    dtype: torch.dtype,
+    *,
+    ddp: bool = False,
+    mesh: DeviceMesh | None = None,
 ) -> Numbers:
     """Return the worst relative error of output, input gradient and parameter gradients against one process."""
     whole, parts, rank = copy.deepcopy(model), shards(tokens, dtype), dist.get_rank()
@@ -74,7 +83,7 @@ def compare(
     loss = sum(((out**2).sum() for out in outputs), torch.zeros((), dtype=dtype)) / len(outputs)
     loss.backward()
 
-    parallel = parallelize(model, None, where)
+    parallel = parallelize(model, mesh, where)
     runner = DistributedDataParallel(parallel) if ddp else parallel
     mine = inputs[rank].detach().clone().requires_grad_()
     out = runner(mine)
@@ -115,6 +124,11 @@ def single() -> Numbers:
     return compare(Net(torch.float32), placement(*MIXED), [33, 20], torch.float32)
 
 
+def over_a_mesh() -> Numbers:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("expert",))
+    return compare(Net(torch.float64), placement(*MIXED), [4, 9], torch.float64, mesh=mesh["expert"])
+
+
 def gated_ddp() -> Numbers:
     return compare(Net(torch.float64, gated=True), placement(*MIXED), [9, 9], torch.float64, ddp=True)
 
@@ -145,6 +159,31 @@ def no_tokens_at_all() -> Numbers:
     out.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
     return {"rows": float(out.shape[1])}
+
+
+def checkpointed() -> Numbers:
+    """Recomputing inside the backward pass makes the same collectives again, in the same order on all ranks."""
+    model, x = parallelize(Net(torch.float64), None, placement(*MIXED)), shards([7, 3], torch.float64)[dist.get_rank()]
+    model(x).square().sum().backward()
+    wanted = [parameter.grad for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = None
+    checkpoint(model, x, use_reentrant=False).square().sum().backward()
+    return {"gradients": max(error(p.grad, g) for p, g in zip(model.parameters(), wanted, strict=True))}
+
+
+def compiled() -> Numbers:
+    """One graph serves every routing: the splits are unbacked numbers in it."""
+    torch._dynamo.config.capture_scalar_outputs = True
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    model = parallelize(Net(torch.float64), None, placement(*MIXED))
+    graph = torch.compile(model, backend="aot_eager", fullgraph=True)
+    worst = 0.0
+    for seed in range(3):
+        draws = torch.Generator().manual_seed(10 * seed + dist.get_rank())
+        x = torch.randn(1, 9, WIDTH, generator=draws, dtype=torch.float64)
+        worst = max(worst, error(graph(x), model(x)))
+    return {"output": worst, "recompiled": float(torch._dynamo.utils.counters["stats"]["unique_graphs"] - 1)}
 
 
 def dropped_slots() -> Numbers:
@@ -204,12 +243,15 @@ def refusals() -> Numbers:
 SCENARIOS: tuple[Callable[[], Numbers], ...] = (
     double,
     single,
+    over_a_mesh,
     gated_ddp,
     no_tokens_on_one_rank,
     starved_rank,
     rank_without_experts,
     rank_without_gated_experts,
     no_tokens_at_all,
+    checkpointed,
+    compiled,
     dropped_slots,
     state,
     refusals,

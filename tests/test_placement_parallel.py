@@ -45,11 +45,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     [
         "double",
         "single",
+        "over_a_mesh",
         "gated_ddp",
         "no_tokens_on_one_rank",
         "starved_rank",
         "rank_without_experts",
         "rank_without_gated_experts",
+        "checkpointed",
+        "compiled",
         "dropped_slots",
     ],
 )
@@ -99,7 +102,7 @@ def test_the_example_ends_with_equality() -> None:
 
 def routed_dit() -> torch.nn.Module:
     inputs = (torch.randn(2, 1, 8, 8), torch.tensor([10.0, 900.0]), torch.tensor([1, 2]))
-    model: torch.nn.Module = moefx.transform(DiT(depth=2, width=16).eval(), inputs, experts=4, top_k=2)
+    model: torch.nn.Module = moefx.transform(DiT(depth=2, width=16).eval(), inputs, experts=4, top_k=2, noise=0.1)
     return model
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_true
 
 from moefx import ops
 from moefx.parallel.exchange import Splits, exchange, exchange_counts, scale_gradient, sorted_rows
@@ -71,13 +72,13 @@ class ParallelExperts(Experts):
         splits = torch.cat([sent_G, received_G]).tolist()  # the one wait for the device: splits are host numbers
         sent, received = splits[: len(sent_G)], splits[len(sent_G) :]
         rows_RD = sorted_rows(x_TD, order_R, experts_TK.shape[1])
-        total = sum(sent)
-        arrived_AD = exchange(rows_RD[:total], sent, received, self.group)
+        dropped = order_R.shape[0] - sum(sent)
+        kept_RD, _ = torch.split(rows_RD, [sum(sent), dropped])
+        arrived_AD = exchange(kept_RD, sent, received, self.group)
         done_AD = self._compute(arrived_AD, arrivals, sum(received))
         back_RD = exchange(done_AD, received, sent, self.group)
-        dropped = order_R.shape[0] - total
-        if dropped:
-            back_RD = F.pad(back_RD, (0, 0, 0, dropped))
+        if guard_or_true(dropped > 0):
+            back_RD = torch.cat([back_RD, back_RD.new_zeros((dropped, back_RD.shape[1]))])
         y_TD: Tensor = ops.combine(back_RD, order_R, gates_TK)
         return y_TD if self.b_out is None else y_TD + self.b_out.to(y_TD.dtype)
 
