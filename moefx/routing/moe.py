@@ -5,7 +5,7 @@ Legend: B samples, T tokens in all, D width, E experts, N = E/G tied groups of G
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from moefx.routing.normalise import check_mode, default_mode, normalise, selecti
 from moefx.routing.precision import KeepFloat32, at_least_float32
 from moefx.routing.record import RoutingRecord
 from moefx.routing.select import expand_groups, top_k
+
+if TYPE_CHECKING:
+    from moefx.routing.samples import ModuleExperts
 
 
 class Routing(NamedTuple):
@@ -36,7 +39,7 @@ class RoutedFFN(KeepFloat32):
         router: maps ``(x, *taps)`` to logits over N, shaped ``[B, ..., N]`` and broadcastable over the tokens (a
             per-sample router returns ``[B, 1, N]``). Its optional ``taps`` attribute names what else it reads.
             `LinearRouter` or one's own.
-        experts: E stacked experts.
+        experts: E stacked experts, called with tokens, expert indices and gates.
         top_k: K, experts per token; a multiple of ``granularity``.
         mode: normalisation mode, or None for `default_mode`: exact on copies and trainable.
         granularity: G. The router chooses among N = E/G groups; the G members of a group run together with one gate.
@@ -57,7 +60,7 @@ class RoutedFFN(KeepFloat32):
     def __init__(
         self,
         router: nn.Module,
-        experts: Experts,
+        experts: Experts | ModuleExperts,
         *,
         top_k: int = 2,
         mode: str | None = None,
@@ -81,7 +84,7 @@ class RoutedFFN(KeepFloat32):
         self.mode = mode or default_mode(groups, top_k // granularity)
         check_mode(self.mode)
         self.scale, self.shared_scale = scale, shared_scale
-        device = experts.w_in.device
+        device = next(experts.parameters()).device
         self.register_buffer("selection_bias", torch.zeros(groups, device=device) if selection_bias else None)
         self.gate_scale = nn.Parameter(torch.zeros(groups, device=device)) if self.mode == "one_plus_su" else None
         self.record = RoutingRecord(groups, device=device)

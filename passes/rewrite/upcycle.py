@@ -31,6 +31,7 @@ from moefx.routing.layout import OnAxis
 from moefx.routing.moe import RoutedFFN
 from moefx.routing.normalise import SUM_TO_ONE, default_mode
 from moefx.routing.router import LinearRouter
+from moefx.routing.samples import ModuleExperts, RoutedSamples
 
 # The names of conversion tables, kept as aliases of the readable ones.
 MODES = {
@@ -102,9 +103,19 @@ class UpcycleOptions(Options):
         return self.normalise or default_mode(self.groups, self.top_k // self.granularity)
 
     @property
+    def plain_copies(self) -> bool:
+        """Whether the experts are whole copies, with nothing beside them."""
+        return self.granularity == 1 and self.shared == 0 and self.reinitialise == 0
+
+    @property
     def identical(self) -> bool:
         """Whether the experts start as equal copies."""
         return self.noise == 0 and self.reinitialise == 0
+
+
+def mixes_tokens(site: Site) -> bool:
+    """Tell whether a depthwise convolution lies between the projections."""
+    return any(name.startswith("w_depth") for name in site.operands)
 
 
 @register_pass
@@ -129,8 +140,11 @@ class Upcycle(SitePass):
         """Return why this FFN cannot be upcycled."""
         if site.dead:
             return "its result feeds nothing that is returned; experts would waste memory and never learn"
-        if site.flavour == "conv" and any(name.startswith("w_depth") for name in site.operands):
-            return "a depthwise convolution between the projections mixes tokens, so tokens cannot be routed apart"
+        if mixes_tokens(site) and (not site.region_is_module or not self.options.plain_copies):
+            return (
+                "a depthwise convolution between its projections mixes tokens, so only whole samples can be routed: "
+                "that needs a module of its own, granularity=1, shared=0 and no re-initialisation"
+            )
         if any(rate > 0 for rate in site.operands.get("dropout", ())):
             return "an active dropout inside it; set its rate to 0 first"
         hidden = ffn_sizes(site)[1]
@@ -186,6 +200,8 @@ class Upcycle(SitePass):
     def build(self, context: Context) -> nn.Module:
         """Return the routed FFN that stands where ``context.site`` stood."""
         o, site = self.options, context.site
+        if mixes_tokens(site):
+            return self._build_samples(context)
         dense = dense_weights(site, context.graph)
         if "rest" in site.operands:
             # The shared output projection keeps its bias: it is hoisted out of the experts.
@@ -217,6 +233,26 @@ class Upcycle(SitePass):
         if axis != len(site.shapes["x"]) - 1:
             return OnAxis(routed, axis).train(context.graph.root.training)
         return routed.train(context.graph.root.training)
+
+    def _build_samples(self, context: Context) -> nn.Module:
+        """Return copies of the whole module, routed by sample."""
+        o, module = self.options, context.graph.root
+        experts = ModuleExperts(module, o.experts)
+        if o.noise:
+            draws = context.generator("noise")
+            for parameter in experts.parameters():
+                parameter.data += (
+                    o.noise * parameter.std() * torch.randn(parameter.shape, generator=draws).to(parameter)
+                )
+        return RoutedSamples(
+            self._router(context, int(context.site.shapes["D"]), next(module.parameters()).device),
+            experts,
+            axis=int(context.site.shapes["axis"]),
+            top_k=o.top_k,
+            mode=o.mode,
+            scale=o.scale,
+            selection_bias=o.selection_bias,
+        ).train(module.training)
 
     def _router(self, context: Context, dim: int, device: torch.device) -> LinearRouter:
         o = self.options
