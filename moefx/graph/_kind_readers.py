@@ -121,7 +121,10 @@ def _biased_linear(node: Node, operands: list[Any], options: dict[str, Any], gra
 
 @reads("cat", "stack")
 def _read_cat(node: Node, call: Spelling, kind: str, graph: Graph) -> Op:
-    tensors = call.arg(0, "tensors")
+    tensors = call.arg(0, "tensors", call.kwargs.get("sequences"))
+    if call.name == "pad_sequence":
+        batch_first = number(call.arg(1, "batch_first", False))
+        return Op(kind, call.name, tuple(tensors), attrs={"dim": 0 if batch_first else 1})
     out = shape(node)
     dim = {"hstack": 1, "vstack": 0}.get(call.name, number(call.arg(1, "dim", 0)))
     rank = len(out) if out is not None else 1

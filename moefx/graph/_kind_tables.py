@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 def _named_functions() -> dict[Any, str]:
     found: dict[Any, str] = {}
-    for room in (math, operator, torch.special, torch.linalg, torch, F, torch._C._nn):
+    for room in (math, operator, torch.special, torch.linalg, torch, F, torch._C._nn, torch.nn.utils.rnn):
         for name in dir(room):
             value = getattr(room, name, None)
             if callable(value) and not isinstance(value, type) and not name.startswith("__"):
@@ -121,7 +121,10 @@ KINDS: dict[str, str] = _kinds(
         hsplit vsplit
     """,
     cat="cat hstack vstack",
-    stack="stack",
+    stack="stack pad_sequence",
+    scatter="""
+        index_copy index_add scatter scatter_add scatter_reduce masked_scatter index_put slice_scatter select_scatter
+    """,
     size="""
         size sym_size shape numel sym_numel nelement dim ndim ndimension stride sym_stride storage_offset
         element_size len dtype device layout requires_grad is_floating_point

@@ -10,9 +10,12 @@ A parameter is not a data-flow input but a :class:`ParamRef`; a size is not data
 from moefx.graph import _kind_moves, _kind_projections, _kind_readers
 from moefx.graph._kind_base import MOVES, POINTWISE, Op, ParamRef, carries_data, number, op, param_ref, shape, value
 from moefx.graph._kind_moves import basic_index
+from moefx.graph._kind_tables import KINDS, NONLINEAR
 
 __all__ = [
+    "KINDS",
     "MOVES",
+    "NONLINEAR",
     "POINTWISE",
     "Op",
     "ParamRef",

@@ -213,25 +213,8 @@ def _site(
     place = context.modules.place(region, entries, output)
     flavour = _flavour(core, query, key)
     residual = context.streams.residual(output, main.x)
-    named: dict[str, Any] = {
-        "x": main.x,
-        "context": main.k.x if main.k else main.x,
-        **_named(main),
-        "q": core.query,
-        "k": core.key,
-        "v": core.value,
-        "core": core.output,
-        "core_kind": core.kind,
-        "pre_out": main.out.pre if main.out else None,
-        "streams": streams,
-        "layout": _layout(main),
-        "qk_norm": query.normed and key.normed,
-        "rope": query.rotary and key.rotary,
-        "mask": core.mask,
-        "causal": core.causal,
-        "residual": residual.add if residual else None,
-        "stream": residual.stream if residual else None,
-    }
+    named = _operands(core, query, key, streams, main)
+    named |= {"residual": residual.add if residual else None, "stream": residual.stream if residual else None}
     sizes = _head_sizes(core, query, key)
     return Site(
         kind="attention",
@@ -249,6 +232,26 @@ def _site(
         flavour=flavour,
         dead=not context.flow.is_live(core.output),
     )
+
+
+def _operands(core: Core, query: Operand, key: Operand, streams: tuple[Stream, ...], main: Stream) -> dict[str, Any]:
+    return {
+        "x": main.x,
+        "context": main.k.x if main.k else main.x,
+        **_named(main),
+        "q": core.query,
+        "k": core.key,
+        "v": core.value,
+        "core": core.output,
+        "core_kind": core.kind,
+        "pre_out": main.out.pre if main.out else None,
+        "streams": streams,
+        "layout": _layout(main),
+        "qk_norm": query.normed and key.normed,
+        "rope": query.rotary and key.rotary,
+        "mask": core.mask,
+        "causal": core.causal,
+    }
 
 
 def _named(main: Stream) -> dict[str, Weight]:
@@ -302,51 +305,42 @@ def _entries(context: Context, region: tuple[Node, ...]) -> tuple[Node, ...]:
 
 def _opaque_site(context: Context, core: Core) -> Site:
     """Name the weights of an ``nn.MultiheadAttention``; its core cannot be reached, so there is no ``pre_out``."""
-    node = context.flow.unmoved(core.output)
-    node = node if context.flow.ops[node].kind == "mha" else core.output.all_input_nodes[0]
-    what = context.flow.ops[node]
-    width, heads = what.attrs["width"], what.attrs["heads"]
-    named: dict[str, Any] = {
-        "x": core.query,
-        "context": core.key,
-        "core": core.output,
-        "core_kind": "mha",
-        "pre_out": None,
-    }
-    for i, letter in enumerate("qkv"):
-        fused = what.params.get("in_proj_weight")
-        own = what.params.get(f"{letter}_proj_weight")
-        rows = slice(i * width, (i + 1) * width)
-        named[f"w_{letter}"] = Weight(fused.fqn, rows) if fused else Weight(own.fqn) if own else None
-        if "in_proj_bias" in what.params:
-            named[f"b_{letter}"] = Weight(what.params["in_proj_bias"].fqn, rows)
-    named["w_out"] = Weight(what.params["out_weight"].fqn)
-    if "out_bias" in what.params:
-        named["b_out"] = Weight(what.params["out_bias"].fqn)
-    same = context.flow.uncast(core.query) is context.flow.uncast(core.key)
+    node = core.output if context.flow.ops[core.output].kind == "mha" else core.output.all_input_nodes[0]
+    heads = context.flow.ops[node].attrs["heads"]
     residual = context.streams.residual(core.output, core.query)
-    region = tuple(dict.fromkeys((node, core.output)))
-    place = context.modules.place(region, (core.query,), core.output)
-    named |= {
-        "streams": (),
-        "layout": "fused_qkv" if "in_proj_weight" in what.params else "separate",
-        "mask": core.mask,
-    }
-    named |= {"qk_norm": False, "rope": False, "causal": False, "q": core.query, "k": core.key, "v": core.value}
+    named = _opaque_operands(context, core, node)
     named |= {"residual": residual.add if residual else None, "stream": residual.stream if residual else None}
+    same = context.flow.uncast(core.query) is context.flow.uncast(core.key)
+    index = int(node.meta.get("moefx_call_index", 0))
     return Site(
         kind="attention",
-        name=f"{node.target}",
+        name=str(node.target) if index == 0 else f"{node.target}#{index}",
         path=str(node.target),
-        call_index=int(node.meta.get("moefx_call_index", 0)),
-        nodes=region,
+        call_index=index,
+        nodes=tuple(dict.fromkeys((node, core.output))),
         inputs=tuple(dict.fromkeys((core.query, core.key, core.value))),
         output=core.output,
         operands=named,
-        shapes={"x": shape(core.query), "heads": heads, "kv_heads": heads, "head_dim": width // heads},
+        shapes={"x": shape(core.query), "heads": heads, "kv_heads": heads, "head_dim": core.head_dim},
         role=context.role(core.output, residual.add if residual else core.output),
-        why=f"nn.MultiheadAttention with {heads} heads of {width // heads}, in {place.path or 'the model'}",
+        why=f"nn.MultiheadAttention with {heads} heads of {core.head_dim}",
         region_is_module=True,
         flavour="self" if same else "cross",
         dead=not context.flow.is_live(core.output),
     )
+
+
+def _opaque_operands(context: Context, core: Core, node: Node) -> dict[str, Any]:
+    params, width = context.flow.ops[node].params, context.flow.ops[node].attrs["width"]
+    named: dict[str, Any] = {"x": core.query, "context": core.key, "q": core.query, "k": core.key, "v": core.value}
+    named |= {"core": core.output, "core_kind": "mha", "pre_out": None, "streams": (), "mask": core.mask}
+    named |= {"qk_norm": False, "rope": False, "causal": False}
+    fused = params.get("in_proj_weight")
+    named["layout"] = "fused_qkv" if fused else "separate"
+    for i, letter in enumerate("qkv"):
+        rows = slice(i * width, (i + 1) * width)
+        named[f"w_{letter}"] = Weight(fused.fqn, rows) if fused else Weight(params[f"{letter}_proj_weight"].fqn)
+        if "in_proj_bias" in params:
+            named[f"b_{letter}"] = Weight(params["in_proj_bias"].fqn, rows)
+    named["w_out"] = Weight(params["out_weight"].fqn)
+    return named | ({"b_out": Weight(params["out_bias"].fqn)} if "out_bias" in params else {})

@@ -40,7 +40,8 @@ class Classes:
         waves = [n for n in free if "sinusoid" in ends[n]]
         named = [n for n in free if _TIME_NAME.search(n.name)]
         times = [n for n in waves if n in named] or named or [n for n in waves if self._per_sample(n)][:1]
-        found = {node: TIMESTEP if node in times else self._class(node, ends[node]) for node in ends}
+        batch = {(shape(n) or (0,))[0] for n in times if shape(n)}
+        found = {n: TIMESTEP if n in times else self._class(n, ends[n], batch) for n in ends}
         if TOKENS not in found.values():
             # No input reaches the output token by token (a classifier): the largest ones are the tokens.
             found = {node: TOKENS if kind == TEXT else kind for node, kind in found.items()}
@@ -55,14 +56,15 @@ class Classes:
         sizes = shape(node)
         return sizes is not None and (len(sizes) <= 1 or all(size == 1 for size in sizes[1:]))
 
-    def _class(self, node: Node, ends: frozenset[str]) -> str:
+    def _class(self, node: Node, ends: frozenset[str], batch: set[int]) -> str:
         sizes = shape(node)
         if node in self.streams.aligned:
             return TOKENS
         if sizes is None or len(sizes) >= 3:
             return TEXT if "projection" in ends else POSITION if "sinusoid" in ends or "product" in ends else MASK
         if "projection" in ends:
-            return LABEL
+            unbatched = len(sizes) == 2 and len(batch) == 1 and sizes[0] not in batch
+            return TEXT if unbatched else LABEL
         example = value(node)
         if "sinusoid" in ends:
             return POSITION

@@ -64,14 +64,6 @@ def is_projection(what: Op) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class Lanes2:
-    """The one or two projections that feed the hidden layer, in feature order."""
-
-    up: Lane
-    gate: Lane | None
-
-
-@dataclass(frozen=True, eq=False)
 class Candidate:
     """Two projections with a nonlinear pointwise function between them, before the semantic checks."""
 

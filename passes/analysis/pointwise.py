@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from moefx.graph._kind_tables import KINDS, NONLINEAR
+from moefx.graph.kinds import KINDS, NONLINEAR
 
 
 @dataclass(frozen=True)

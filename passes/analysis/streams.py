@@ -14,9 +14,10 @@ from collections import deque
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch.fx import Node
 
-from moefx.graph.kinds import MOVES, POINTWISE, basic_index, shape
+from moefx.graph.kinds import MOVES, POINTWISE, basic_index, shape, value
 from moefx.passes.analysis.flow import Flow
 from moefx.passes.analysis.lanes import groups
 
@@ -141,7 +142,9 @@ class Streams:
             return [(n, _full(n)) for n in what.inputs[1:]]
         if what.kind in _LOCAL or (what.kind == "embedding" and what.inputs):
             return [(what.inputs[0], _full(what.inputs[0]))]
-        return [(n, _full(n)) for n in what.inputs] if what.kind == "stack" else []
+        if what.kind == "scatter":
+            return [(n, _full(n)) for n in what.inputs if _is_real(n)]
+        return self._unstack(node, box) if what.kind == "stack" else []
 
     def _uncat(self, node: Node, box: Box) -> list[tuple[Node, Box | None]]:
         what = self.flow.ops[node]
@@ -155,6 +158,15 @@ class Streams:
             start += sizes[dim]
         return [(part, cut) for part, cut in parts if cut[dim][0] < cut[dim][1]]
 
+    def _unstack(self, node: Node, box: Box) -> list[tuple[Node, Box | None]]:
+        what = self.flow.ops[node]
+        dim = what.attrs["dim"]
+        low, high = box[dim]
+        rest = (*box[:dim], *box[dim + 1 :])
+        parts = [(part, shape(part) or ()) for part in what.inputs[low:high]]
+        cuts = [(p, tuple((a, min(b, size)) for (a, b), size in zip(rest, sizes, strict=True))) for p, sizes in parts]
+        return [(part, cut) for part, cut in cuts if all(a < b for a, b in cut)]
+
     def _unmove(self, node: Node, box: Box) -> Box | None:
         what = self.flow.ops[node]
         before, after = shape(what.inputs[0]), shape(node)
@@ -167,6 +179,12 @@ class Streams:
         if what.kind == "slice":
             return _unslice(what.attrs["index"], before, box)
         return _unreshape(before, after, box)
+
+
+def _is_real(node: Node) -> bool:
+    """Whether ``node`` holds values, as opposed to indices."""
+    found = value(node)
+    return isinstance(found, torch.Tensor) and (found.is_floating_point() or found.is_complex())
 
 
 def _full(node: Node) -> Box | None:
