@@ -1,4 +1,4 @@
-"""Exchange two experts between two devices, always the best pair, until no exchange helps.
+"""Exchange two experts between two devices, best pairs first, until no exchange helps.
 
 Legend: S noise levels, E experts of a layer, G devices, P pairs of experts.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from moefx.passes.placement.objective import device_load
+from moefx.passes.placement.objective import device_load, layer_cost
 
 Array = NDArray[np.float64]
 IDs = NDArray[np.int64]
@@ -16,6 +16,8 @@ IDs = NDArray[np.int64]
 # A gain below rounding would let the search run in circles.
 _SMALLEST_GAIN = 1e-12
 _CHUNK = 4096
+# Pairs tried after the best one before all pairs are priced again.
+_PER_ROUND = 64
 
 
 def improve(load_SE: Array, home_E: IDs, speeds: Array) -> IDs:
@@ -26,18 +28,32 @@ def improve(load_SE: Array, home_E: IDs, speeds: Array) -> IDs:
     """
     home = home_E.copy()
     first_P, second_P = np.triu_indices(len(home), 1)
-    held_SG = device_load(load_SE, home, len(speeds))
-    cost = float((held_SG / speeds).max(axis=1).sum())
+    cost = layer_cost(load_SE, home, speeds)
     while len(first_P):
-        after_P = _costs(load_SE, home, held_SG, speeds, first_P, second_P)
-        best = int(after_P.argmin())
-        if not after_P[best] < cost - _SMALLEST_GAIN * max(cost, 1.0):
-            break
-        a, b = first_P[best], second_P[best]
-        home[a], home[b] = home[b], home[a]
         held_SG = device_load(load_SE, home, len(speeds))
-        cost = float((held_SG / speeds).max(axis=1).sum())
+        after_P = _costs(load_SE, home, held_SG, speeds, first_P, second_P)
+        gains = np.flatnonzero(after_P < cost - _SMALLEST_GAIN * max(cost, 1.0))
+        if not len(gains):
+            break
+        best = gains[np.argsort(after_P[gains], kind="stable")[:_PER_ROUND]]
+        cost = _apply(load_SE, home, speeds, first_P[best], second_P[best], cost)
     return home
+
+
+def _apply(load_SE: Array, home: IDs, speeds: Array, first_P: IDs, second_P: IDs, cost: float) -> float:
+    """Exchange pairs in turn, in place, as long as they concern other devices and lower the cost; return it."""
+    touched: set[int] = set()
+    for a, b in zip(first_P, second_P, strict=True):
+        devices = {int(home[a]), int(home[b])}
+        if touched & devices:
+            continue
+        home[a], home[b] = home[b], home[a]
+        after = layer_cost(load_SE, home, speeds)
+        if after < cost:
+            cost, touched = after, touched | devices
+        else:
+            home[a], home[b] = home[b], home[a]
+    return cost
 
 
 def _costs(load_SE: Array, home: IDs, held_SG: Array, speeds: Array, first_P: IDs, second_P: IDs) -> Array:
