@@ -13,7 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperGroup
@@ -168,6 +168,17 @@ def _umask() -> int:
     return mask
 
 
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    typer.echo(f"warning: {message}", err=True)
+
+
 @contextlib.contextmanager
 def working(verbosity: int) -> Iterator[None]:
     """Let what other code prints go to stderr, and logs as loud as asked for (-1 quiet, 0, 1 info, 2 debug)."""
@@ -180,6 +191,7 @@ def working(verbosity: int) -> Iterator[None]:
     logger.setLevel(level)
     try:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.showwarning = _show_warning
             if verbosity < 0:
                 warnings.simplefilter("ignore")
             yield

@@ -9,6 +9,7 @@ from torch import nn
 
 from moefx.inspect.text import clean
 from moefx.passes.analysis.site import Site
+from moefx.passes.rewrite import get_pass
 
 _GATES = {"HeadGate", "TokenRouter"}
 
@@ -119,13 +120,14 @@ def _routed(module: nn.Module) -> str:
 
 
 def plan_mark(rule: str, options: Mapping[str, Any]) -> str:
-    """Return what a pass with ``options`` would make of a site: ``upcycle: top-2 of 8``."""
-    words = []
-    if "experts" in options and "top_k" in options:
+    """Return what a pass with ``options`` would make of a site: ``upcycle: top-2 of 8, noise 0.1``."""
+    words, said = [], {"experts", "top_k"}
+    if options.get("experts") is not None and options.get("top_k") is not None:
         words.append(f"top-{options['top_k']} of {options['experts']}")
-    elif options.get("top_k") is not None:
-        words.append(f"top-{options['top_k']}")
-    words += [f"shards of 1/{options['granularity']}"] if options.get("granularity", 1) != 1 else []
-    words += [f"{options['shared']} shared"] if options.get("shared") else []
-    words += ["reads timestep"] if "timestep" in str(options.get("router_input", "")) else []
+    else:
+        said = set()
+    for name, field in get_pass(rule).Options.model_fields.items():
+        value = options.get(name)
+        if name not in said and value != field.get_default(call_default_factory=True):
+            words.append(f"{name} {value}")
     return clean(f"{rule}: {', '.join(words)}" if words else rule)

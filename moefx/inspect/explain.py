@@ -76,7 +76,7 @@ class Explanation:
         }
 
     def _mark(self, site: Site) -> str | None:
-        return self.marks.get(site.name) or (self.marks.get(site.path) if site.region_is_module else None)
+        return self.marks.get(site.name) or self.marks.get(f"{site.kind} {site.path}")
 
     def _site(self, site: Site) -> list[str]:
         lines = [fit(f"{clean(site.name)}: {describe_site(site)}")]

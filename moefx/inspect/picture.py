@@ -7,6 +7,7 @@ to cross a border; of parallel paths only the longest is drawn (transitive reduc
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import networkx as nx
 import torch
@@ -36,7 +37,7 @@ def picture(graph: Graph, region: Region) -> Box:
     for node in graph.fx.nodes:
         if node.op == "placeholder":
             boxes.append((Box((clean(node.name), type_of(node.meta.get("val"))), "input"), (node,)))
-    boxes += _boxes(fold_region(region).children)
+    boxes += _boxes(fold_region(region).children, {})
     output = tuple(n for n in graph.fx.nodes if n.op == "output")
     boxes.append((Box(("output", first_of(region.output)), "output"), output))
     root = Box((region.type_name,), "model")
@@ -44,21 +45,33 @@ def picture(graph: Graph, region: Region) -> Box:
     return root
 
 
-def _boxes(rows: list[Row]) -> list[tuple[Box, tuple[Node, ...]]]:
-    """Return a box for every row, with the nodes of all its repetitions."""
+def _boxes(rows: list[Row], shown: dict[Any, str]) -> list[tuple[Box, tuple[Node, ...]]]:
+    """Return a box for every row, with the nodes of all its repetitions; equal insides are drawn once."""
     made = []
     for row in rows:
+        if row.regions and row.regions[0].trivial:
+            continue
         if not row.regions:
-            inner = _boxes(row.children)
+            inner = _boxes(row.children, shown)
             nodes = tuple(n for _, part in inner for n in part)
             box = Box((f"{len(inner)} in turn ×{row.repeat}",), "block")
             _connect(box, inner, list(nodes))
         else:
-            inner, nodes = _boxes(row.children), tuple(n for r in row.regions for n in r.nodes)
-            box = Box(_lines(row), _kind(row.regions[0]))
-            _connect(box, inner, list(row.regions[0].nodes))
+            box, nodes = _box(row, shown), tuple(n for r in row.regions for n in r.nodes)
         made.append((box, nodes))
     return made
+
+
+def _box(row: Row, shown: dict[Any, str]) -> Box:
+    region = row.regions[0]
+    inside = tuple(child.signature() for child in region.children)
+    if inside in shown:
+        return Box((*_lines(row), f"inside as {shown[inside]}"), _kind(region))
+    if inside:
+        shown[inside] = _cut(clean(region.name))
+    box = Box(_lines(row), _kind(region))
+    _connect(box, _boxes(row.children, shown), list(region.nodes))
+    return box
 
 
 def _lines(row: Row) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from moefx.graph import Graph, ModuleCall
 from moefx.graph.origin import origin_of
 from moefx.inspect.describe import describe_module, describe_site, is_routed, is_trivial, routed_mark
-from moefx.inspect.text import clean, tensor_types
+from moefx.inspect.text import clean, numberless, tensor_types
 from moefx.passes.analysis import Facts, analyse
 from moefx.passes.analysis.site import Site
 
@@ -36,6 +36,7 @@ class Region:
         nodes: the nodes inside.
         site: the site that this region is, or that is all it has inside.
         marks: what is routed, or why not.
+        trivial: a dropout or an identity, which text and pictures leave out.
         children: what is inside, if it says more than ``detail``.
     """
 
@@ -50,6 +51,7 @@ class Region:
     nodes: tuple[Node, ...]
     site: Site | None = None
     marks: tuple[str, ...] = ()
+    trivial: bool = False
     children: list[Region] = field(default_factory=list)
 
     @property
@@ -65,9 +67,17 @@ class Region:
 
     def signature(self) -> Any:
         """Return what two regions must share to be shown as one repeated line."""
-        label = tuple("#" if part.isdigit() else part for part in self.label.split("."))
         inside = tuple(child.signature() for child in self.children)
-        return (self.kind, label, self.type_name, self.detail, self.output, self.parameters, self.marks, inside)
+        return (
+            self.kind,
+            numberless(self.label),
+            self.type_name,
+            self.detail,
+            self.output,
+            self.parameters,
+            self.marks,
+            inside,
+        )
 
 
 def build_regions(graph: Graph, marks: Mapping[str, str] | None = None) -> Region:
@@ -81,8 +91,12 @@ class _Builder:
         self.facts: Facts = analyse(graph)
         self.order = {node: i for i, node in enumerate(graph.fx.nodes)}
         self.sites: dict[tuple[str, int], list[Site]] = {}
+        self.blocks: dict[tuple[str, int], Site] = {}
         for site in self.facts.sites:
-            if site.kind != "block":
+            if site.kind == "block":
+                if site.region_is_module:
+                    self.blocks[site.path, site.call_index] = site
+            else:
                 self.sites.setdefault((site.path, site.call_index), []).append(site)
         self.leaves: dict[tuple[str, int], list[Node]] = {}
         for node in graph.fx.nodes:
@@ -128,6 +142,9 @@ class _Builder:
             _parameters(module),
             call.nodes,
         )
+        block = self.blocks.get((call.path, call.index))
+        if block is not None:
+            region.marks = self._mark(block)
         own = self.sites.get((call.path, call.index), [])
         whole = next((s for s in own if s.region_is_module), None)
         nested = any(r.site or r.children or is_routed_region(r) for r in inner)
@@ -147,8 +164,11 @@ class _Builder:
 
     def _become(self, region: Region, site: Site) -> None:
         region.site, region.detail = site, describe_site(site)
-        mark = self.marks.get(site.name) or self.marks.get(site.path if site.region_is_module else "")
-        region.marks = (mark,) if mark else ()
+        region.marks += self._mark(site)
+
+    def _mark(self, site: Site) -> tuple[str, ...]:
+        mark = self.marks.get(site.name) or self.marks.get(f"{site.kind} {site.path}")
+        return (mark,) if mark else ()
 
     def _children(self, parent: Region, inner: list[Region]) -> list[Region]:
         """Return what is directly inside a module: invocations, leaf modules, and sites written inline."""
@@ -171,7 +191,10 @@ class _Builder:
         kind = clean(type(module).__name__)
         detail, output = describe_module(module), tensor_types(node.meta.get("val"))
         marks = (routed_mark(module),) if is_routed(module) else ()
-        return Region("leaf", path, index, "", kind, detail, output, _parameters(module), (node,), marks=marks)
+        size = _parameters(module)
+        region = Region("leaf", path, index, "", kind, detail, output, size, (node,), marks=marks)
+        region.trivial = is_trivial(module)
+        return region
 
     def _inline(self, site: Site) -> Region:
         size = sum(_weight_size(site, name, self.graph) for name in site.weights())

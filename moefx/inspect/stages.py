@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moefx.errors import CaptureError, InputError
+from moefx.errors import CaptureError, InputError, MoefxWarning
 from moefx.graph import Graph, trace
 from moefx.graph.signature import Inputs
 from moefx.inspect.describe import plan_mark
@@ -63,13 +64,16 @@ def plan_of(graph: Graph, request: Request) -> Plan:
 
 
 def plan_marks(plan: Plan) -> dict[str, str]:
-    """Return by site name what ``plan`` would make of it, or why it would stay dense."""
+    """Return what ``plan`` would make of each site, or why it would stay dense.
+
+    Keys are site names, and ``"kind path"`` for modules that are called more than once.
+    """
     options = {p.name: p.options for p in plan.passes}
     marks = {s.name: f"dense: {s.reason}" for s in plan.skipped if s.rule}
     for site in plan.sites:
         marks[site.name] = f"planned {plan_mark(site.rule, options[site.rule])}"
         if site.module:
-            marks[site.module] = marks[site.name]
+            marks[f"{site.kind} {site.module}"] = marks[site.name]
     return marks
 
 
@@ -101,7 +105,10 @@ def dense_graph(graph: Graph) -> Graph:
 
 def _routed(model: nn.Module, graph: Graph, request: Request) -> Graph:
     inputs = _inputs(graph)
-    transform_model(model, inputs, request.rules(), verify=False, **request.arguments())
+    with warnings.catch_warnings():
+        # What the rewrite warns of is for who makes it, not for who looks at it.
+        warnings.simplefilter("ignore", MoefxWarning)
+        transform_model(model, inputs, request.rules(), verify=False, **request.arguments())
     return trace(model, inputs)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -11,13 +11,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from moefx.inspect.describe import describe_site
-from moefx.inspect.text import WIDTH, clean, count, merge_names, type_of
+from moefx.inspect.text import WIDTH, clean, count, merge_names, numberless, type_of, wrap
 from moefx.passes.analysis import analyse
 
 if TYPE_CHECKING:
     from moefx.graph import Graph
-    from moefx.model.plan import Plan
-    from moefx.model.report import Report
+    from moefx.model.plan import Plan, SitePlan, SkippedSite
+    from moefx.model.report import Report, SiteCheck
 
 
 def table_text(title: str, columns: Iterable[tuple[str, str]], rows: Iterable[Iterable[object]]) -> str:
@@ -42,11 +42,29 @@ def render(*parts: object) -> str:
 
 
 def plan_text(plan: Plan) -> str:
-    """Return a plan as text."""
+    """Return a plan as text; sites that differ in block numbers only share a row."""
+    parts = ["\n".join(_plan_head(plan)) + "\n"]
+    left = ("site", "kind", "role", "rule", "realised at")
+    columns = [("", "right"), *((h, "left") for h in left), ("parameters", "right"), ("active", "right")]
+    parts.append(
+        table_text(f"{len(plan.sites)} sites to rewrite", columns, fold_rows(_site_row(s) for s in plan.sites))
+    )
+    if plan.skipped:
+        rows = fold_rows((_place(s), s.kind, s.reason, s.source) for s in plan.skipped)
+        titles = [("", "right"), *((h, "left") for h in ("site", "kind", "why it stays dense", "source"))]
+        parts.append(table_text(f"{len(plan.skipped)} sites skipped", titles, rows))
+    parts += ["\n".join(wrap(f"warning: {clean(warning)}")) + "\n" for warning in plan.warnings]
+    return "\n".join(parts)
+
+
+def _plan_head(plan: Plan) -> list[str]:
     cost = plan.cost
-    head = [
-        f"plan for {plan.model}: {plan.recipe or ', '.join(p.name for p in plan.passes)}, seed {plan.seed}",
-        *(f"  pass {p.name} {{{', '.join(f'{k}={v}' for k, v in p.options.items())}}}" for p in plan.passes),
+    lines = [f"plan for {clean(plan.model)}: {plan.recipe or ', '.join(p.name for p in plan.passes)}, seed {plan.seed}"]
+    for rule in plan.passes:
+        options = ", ".join(f"{key}={value}" for key, value in rule.options.items())
+        lines += wrap(f"  pass {rule.name} {clean(options)}", "    ")
+    return [
+        *lines,
         f"  parameters {count(cost.parameters_before)} -> {count(cost.parameters_after)}"
         f"   memory {count(cost.bytes_before)}B -> {count(cost.bytes_after)}B",
         f"  FLOPs per forward {count(cost.flops_before)} -> {count(cost.flops_after)} active"
@@ -54,27 +72,37 @@ def plan_text(plan: Plan) -> str:
         f"  expected speed: {1 / cost.flops_ratio:.2f}x by FLOPs,"
         f" about {0.85 / cost.flops_ratio:.2f}x when routing costs 15 %",
     ]
-    left = ("site", "kind", "role", "rule", "realised at")
-    columns = [*((header, "left") for header in left), ("parameters", "right"), ("active", "right")]
-    rows = [
+
+
+def _place(skipped: SkippedSite) -> str:
+    """Return the name of a site, or the module of what is only almost one."""
+    return skipped.name if skipped.rule else skipped.name.partition(":")[0]
+
+
+def _site_row(site: SitePlan) -> tuple[str, ...]:
+    return (
+        site.name,
+        f"{site.kind} {site.flavour}".strip(),
+        site.role,
+        site.rule,
+        "its module" if site.tier == "module" else f"block {site.block or '(the model)'}",
+        f"{count(site.parameters_before)} -> {count(site.parameters_after)}",
+        f"{site.active_after / max(1, site.active_before):.2f}",
+    )
+
+
+def fold_rows(rows: Iterable[Sequence[str]]) -> list[tuple[str, ...]]:
+    """Merge rows that differ in the numbers of dotted names only, and put ``×n`` before each."""
+    groups: dict[tuple[str, ...], list[Sequence[str]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(numberless(cell) for cell in row), []).append(row)
+    return [
         (
-            s.name,
-            f"{s.kind} {s.flavour}".strip(),
-            s.role,
-            s.rule,
-            f"{s.tier} {s.block or s.module or ''}".strip(),
-            f"{count(s.parameters_before)} -> {count(s.parameters_after)}",
-            f"{s.active_after / max(1, s.active_before):.2f}",
+            f"{len(found)}×" if len(found) > 1 else "",
+            *(merge_names(list(dict.fromkeys(c))) for c in zip(*found, strict=True)),
         )
-        for s in plan.sites
+        for found in groups.values()
     ]
-    parts = ["\n".join(head) + "\n", table_text(f"{len(plan.sites)} sites to rewrite", columns, rows)]
-    if plan.skipped:
-        skipped = [(s.name, s.kind, s.reason, s.source) for s in plan.skipped]
-        titles = (("site", "left"), ("kind", "left"), ("why it stays dense", "left"), ("source", "left"))
-        parts.append(table_text(f"{len(plan.skipped)} sites skipped", titles, skipped))
-    parts += [f"warning: {warning}\n" for warning in plan.warnings]
-    return "\n".join(parts)
 
 
 def report_text(report: Report) -> str:
@@ -85,16 +113,19 @@ def report_text(report: Report) -> str:
 
 
 def checks_text(report: Report) -> str:
-    """Return the checks of a report as text."""
-    left = ("site", "contract")
-    columns = [
-        *((header, "left") for header in left),
-        ("relative error", "right"),
-        ("bound", "right"),
-        ("dtype", "left"),
-    ]
-    rows = [(c.name, c.contract, f"{c.error:.2e}", f"{c.bound:.1e}", c.dtype) for c in report.checks]
-    return table_text("checked against the dense site", columns, rows)
+    """Return the checks of a report as text: of sites that differ in block numbers only the worst."""
+    groups: dict[tuple[str, ...], list[SiteCheck]] = {}
+    for check in report.checks:
+        key = (numberless(check.name), check.contract, f"{check.bound:.1e}", check.dtype)
+        groups.setdefault(key, []).append(check)
+    columns = [("", "right"), ("site", "left"), ("contract", "left"), ("worst relative error", "right")]
+    columns += [("bound", "right"), ("dtype", "left")]
+    rows = []
+    for (_, contract, bound, dtype), found in groups.items():
+        name = merge_names(list(dict.fromkeys(c.name for c in found)))
+        error = f"{max(c.error for c in found):.2e}"
+        rows.append((f"{len(found)}×" if len(found) > 1 else "", name, contract, error, bound, dtype))
+    return table_text(f"{len(report.checks)} sites checked against the dense ones", columns, rows)
 
 
 def sites_text(graph: Graph) -> str:
@@ -116,8 +147,8 @@ def misses_text(graph: Graph) -> str:
     """Return all near misses of a graph as text, those of one reason together."""
     groups: dict[tuple[str, ...], list[Any]] = {}
     for miss in analyse(graph).misses:
-        shape = ".".join("#" if p.isdigit() else p for p in miss.module_path.split("."))
-        groups.setdefault((miss.kind, shape, miss.reason, miss.source_line), []).append(miss)
+        key = (miss.kind, numberless(miss.module_path), miss.reason, miss.source_line)
+        groups.setdefault(key, []).append(miss)
     columns = (("almost a site", "left"), ("kind", "left"), ("first condition that failed", "left"), ("source", "left"))
     rows = []
     for (kind, _, reason, source), found in groups.items():

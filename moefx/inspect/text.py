@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 WIDTH = 120
 _DTYPES = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c", "float8_": "f8_"}
 _UNSAFE = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+_SEPARATORS = re.compile(r"([.:#])")
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
@@ -82,17 +83,19 @@ def wrap(text: str, indent: str = "  ", width: int = WIDTH, *, cut: bool = True)
     return [fit(part, width) if cut else part for part in (*lines, line)]
 
 
+def numberless(name: str) -> str:
+    """Return ``name`` with the numbers that stand alone between dots replaced, to compare names of repeated blocks."""
+    return "".join("0" if part.isdigit() else part for part in _SEPARATORS.split(name))
+
+
 def merge_names(names: Sequence[str]) -> str:
     """Return one name for several that differ in numbers: ``a.0.ff`` to ``a.2.ff`` give ``a.{0…2}.ff``."""
     if len(names) == 1:
         return names[0]
-    split = [name.split(".") for name in names]
+    split = [_SEPARATORS.split(name) for name in names]
     if len({len(parts) for parts in split}) > 1:
         return f"{names[0]} … {names[-1]}"
-    merged = []
-    for parts in zip(*split, strict=True):
-        merged.append(parts[0] if len(set(parts)) == 1 else _range(parts))
-    return ".".join(merged)
+    return "".join(parts[0] if len(set(parts)) == 1 else _range(parts) for parts in zip(*split, strict=True))
 
 
 def _range(parts: Iterable[str]) -> str:

@@ -8,12 +8,12 @@ from typing import Any
 from moefx.graph import Graph
 from moefx.inspect.fold import Row, fold_region
 from moefx.inspect.regions import Region
-from moefx.inspect.text import WIDTH, clean, count, dtype_name, first_of, fit, merge_names, type_of, wrap
+from moefx.inspect.text import WIDTH, clean, count, dtype_name, first_of, fit, merge_names, numberless, type_of, wrap
 from moefx.passes.analysis import analyse
 from moefx.passes.analysis.site import Miss
 
 _INDENT = "  "
-_NAME_WIDTH, _DETAIL_WIDTH, _OUTPUT_WIDTH = 40, 36, 24
+_NAME_WIDTH, _CLASS_WIDTH, _DETAIL_WIDTH, _OUTPUT_WIDTH = 40, 36, 44, 24
 _MISSES = 8
 
 
@@ -60,6 +60,8 @@ def _flatten(root: Row, depth: int | None) -> Iterable[tuple[Row, int, str]]:
     shown: dict[Any, str] = {}
     while stack:
         row, level = stack.pop()
+        if row.regions and row.regions[0].trivial:
+            continue
         inside = tuple(child.signature() for child in row.regions[0].children) if row.regions else ()
         earlier = shown.get(inside, "") if inside else ""
         yield row, level, earlier
@@ -78,7 +80,7 @@ class _Line:
         label = row.label if region else f"{len(row.children)} in turn"
         self.indent = _INDENT * level
         self.name = f"{self.indent}{label}{repeat}"
-        self.detail = region.detail if region and region.site else fit(region.detail, _DETAIL_WIDTH) if region else ""
+        self.detail = region.detail if region and region.site else fit(region.detail, _CLASS_WIDTH) if region else ""
         self.output = first_of(region.output) if region else ""
         self.size = count(region.parameters) if region and region.parameters else ""
         self.marks = [f"[{mark}]" for mark in region.marks] if region else []
@@ -113,9 +115,9 @@ def _why_not(graph: Graph) -> list[str]:
 
 def _places(found: Sequence[Miss]) -> str:
     """Name the modules of several misses, those that differ in numbers only as one."""
-    merged: dict[tuple[str, ...], list[str]] = {}
+    merged: dict[str, list[str]] = {}
     for miss in found:
         path = miss.module_path or miss.node.name
-        merged.setdefault(tuple("#" if p.isdigit() else p for p in path.split(".")), []).append(path)
+        merged.setdefault(numberless(path), []).append(path)
     names = [merge_names(list(dict.fromkeys(paths))) for paths in merged.values()]
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
