@@ -19,9 +19,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from moefx.errors import MoefxError
-from moefx.parallel import average_gradients, gather_experts, gather_state_dict, parallel_layers, parallelize
+from moefx.parallel import (
+    ParallelExperts,
+    average_gradients,
+    gather_experts,
+    gather_state_dict,
+    parallel_layers,
+    parallelize,
+)
 from moefx.passes.placement import Placement
 from moefx.routing import Experts, LinearRouter, RoutedFFN, random_weights
+from moefx.routing.samples import ModuleExperts
 
 WIDTH, HIDDEN, EXPERTS, TOP_K = 12, 20, 6, 2
 Numbers = dict[str, float | str]
@@ -224,7 +232,7 @@ def refusals() -> Numbers:
         except MoefxError as caught:
             found[f"{key}@{rank}"] = f"{type(caught).__name__}: {caught}"
         kept = [m for m in model.modules() if isinstance(m, RoutedFFN)]
-        assert all(type(m.experts) is Experts for m in kept)
+        assert not any(isinstance(m.experts, ParallelExperts) for m in kept)
 
     refused("world", Net(torch.float32), placement(*MIXED).model_copy(update={"devices": ("a", "b", "c")}))
     refused("layers", Net(torch.float32), placement(MIXED[0]))
@@ -235,6 +243,9 @@ def refusals() -> Numbers:
     other = Net(torch.float32)
     other.embed.weight.data[0, 0] += rank
     refused("weights", other, placement(*MIXED))
+    other = Net(torch.float32)
+    other.ffns[1].experts = ModuleExperts(nn.Linear(WIDTH, WIDTH), EXPERTS)
+    refused("samples", other, placement(*MIXED))
     gathered: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, found)
     return {key: text for part in gathered for key, text in part.items()}

@@ -16,6 +16,7 @@ from moefx.errors import InputError, MoefxError, PlanError
 from moefx.parallel.agree import agree, structure_digest, weights_digest
 from moefx.parallel.experts import ParallelExperts
 from moefx.passes.placement import ModelDims, Placement, routed_layers
+from moefx.routing.experts import Experts
 
 Model = TypeVar("Model", bound=nn.Module)
 _NO_DIGEST = bytes(32)
@@ -57,6 +58,7 @@ def parallelize(model: Model, mesh: DeviceMesh | None, placement: Placement, *, 
     own = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
     rank = dist.get_rank(own)
     for i, layer in enumerate(routed_layers(model).values()):
+        assert isinstance(layer.experts, Experts)
         homes = [placement.experts_of(i, device).tolist() for device in range(len(placement.devices))]
         layer.experts = ParallelExperts(layer.experts, homes, rank, own.group_name)
     _leave_to_us(model)
@@ -118,6 +120,13 @@ def _check(model: object, group: dist.ProcessGroup, placement: object, asked: st
     layers = routed_layers(model)
     if any(isinstance(layer.experts, ParallelExperts) for layer in layers.values()):
         raise PlanError(asked, found="it is parallel already", do="build the model anew, or use it as it is")
+    whole = [name for name, layer in layers.items() if not isinstance(layer.experts, Experts)]
+    if whole:
+        raise PlanError(
+            asked,
+            found=f"{', '.join(whole)}: experts that are modules and take whole samples",
+            do="leave these sites dense (skip=...), or run the model on one process",
+        )
     if len({id(layer.experts) for layer in layers.values()}) < len(layers):
         raise PlanError(asked, found="two layers share their experts", do="give each its own")
     if len(placement.devices) != dist.get_world_size(group):

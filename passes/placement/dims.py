@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
 from moefx.errors import OptionError
 from moefx.passes.placement.collect import routed_layers
+from moefx.routing.experts import Experts
 
 # b_out is added once after the experts, on every device.
 _NOT_STACKED = "b_out"
@@ -39,8 +41,7 @@ class ModelDims:
         """
         layers = routed_layers(model)
         stacked = {
-            name: [p for key, p in layer.experts.named_parameters(recurse=False) if key != _NOT_STACKED]
-            for name, layer in layers.items()
+            name: [p for key, p in _parameters(layer.experts) if key != _NOT_STACKED] for name, layer in layers.items()
         }
         total = sum(p.nbytes for p in model.parameters())
         return cls(
@@ -51,6 +52,11 @@ class ModelDims:
             ),
             shared_bytes=total - sum(p.nbytes for parameters in stacked.values() for p in parameters),
         )
+
+
+def _parameters(experts: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of experts; an activation with parameters is no expert, but copies of a module are."""
+    return experts.named_parameters(recurse=not isinstance(experts, Experts))
 
 
 @dataclass(frozen=True)
