@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -63,6 +64,8 @@ class Splice:
         for node in reversed(list(self.graph.fx.nodes)):
             if (node in inside or node is old) and not node.users:
                 self.graph.fx.erase_node(node)
+        calls = self.graph.calls
+        self.graph.calls = [dataclasses.replace(c, nodes=tuple(n for n in c.nodes if not n._erased)) for c in calls]
         self.graph.touch()
 
 

@@ -127,6 +127,8 @@ class Streams:
     def back(self, node: Node, box: Box) -> list[tuple[Node, Box | None]]:
         """Return the inputs that ``node`` carries token by token, with the part that part ``box`` of it comes from."""
         what = self.flow.ops[node]
+        if not what.inputs:
+            return []  # computed from parameters alone
         if what.kind == "cat":
             return self._uncat(node, box)
         if what.kind in MOVES or what.kind == "dropout":
@@ -135,12 +137,12 @@ class Streams:
             sizes = shape(what.inputs[0]) or ()
             return [(what.inputs[0], (*box[:-1], (0, sizes[-1])))]
         if what.kind == "norm":
-            return [(what.inputs[0], box)] if what.inputs else []
+            return [(what.inputs[0], box)]
         if what.kind in POINTWISE or what.kind == "complex":
             return [(n, box if shape(n) == shape(node) else _full(n)) for n in what.inputs if _covers(n, node)]
         if what.kind == "setitem":
             return [(n, _full(n)) for n in what.inputs[1:]]
-        if what.kind in _LOCAL or (what.kind == "embedding" and what.inputs):
+        if what.kind in _LOCAL or what.kind == "embedding":
             return [(what.inputs[0], _full(what.inputs[0]))]
         if what.kind == "scatter":
             return [(n, _full(n)) for n in what.inputs if _is_real(n)]

@@ -11,6 +11,7 @@ import operator
 
 import torch
 from torch import nn
+from torch.fx import Graph, GraphModule, Node
 
 from moefx.graph.splice import Splice
 from moefx.passes.analysis.site import Site, Weight
@@ -22,13 +23,33 @@ CHILD = "moe"
 def cannot_cut(site: Site) -> str:
     """Return why an inline FFN cannot be cut out of its forward; ``""`` if it can."""
     last = len(site.shapes["x"]) - 1
-    if site.shapes["axis"] != last:
+    if mixes_tokens(site):
+        known = {*site.nodes, site.operands["x"]}
+        if any(source not in known for node in site.nodes for source in node.all_input_nodes):
+            return "it also reads values from around it"
+    elif site.shapes["axis"] != last:
         return "its channels are not the last dimension, and it is no module of its own"
     if site.escapes():
         return "one of its projections also feeds something else"
     if site.operands.get("rest") and site.output.op != "call_module":
         return "its shared output projection is not a module"
     return ""
+
+
+def mixes_tokens(site: Site) -> bool:
+    """Tell whether a depthwise convolution lies between the projections."""
+    return any(name.startswith("w_depth") for name in site.operands)
+
+
+def extract(context: Context) -> GraphModule:
+    """Return the region of an inline site as a module of its own, sharing the parameters."""
+    site, fx = context.site, Graph()
+    made: dict[Node, Node] = {site.operands["x"]: fx.placeholder("x")}
+    for node in site.nodes:
+        made[node] = fx.node_copy(node, made.__getitem__)
+        made[node].meta.clear()
+    fx.output(made[site.output])
+    return GraphModule(context.graph.root, fx)
 
 
 def splice_ffn(context: Context, rule: str, routed: nn.Module) -> dict[str, nn.Module | None]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from moefx.passes.analysis.site import Kind, Site
 from moefx.passes.rewrite.base import Context, Contract, Costs, Edit, Options, SitePass, register_pass
-from moefx.passes.rewrite.cut import cannot_cut, splice_ffn
+from moefx.passes.rewrite.cut import cannot_cut, extract, mixes_tokens, splice_ffn
 from moefx.passes.rewrite.dense import dense_weights, ffn_counts, ffn_sizes, hidden_function
 from moefx.routing.experts import DenseFFN, Experts
 from moefx.routing.initialise import (
@@ -113,11 +113,6 @@ class UpcycleOptions(Options):
         return self.noise == 0 and self.reinitialise == 0
 
 
-def mixes_tokens(site: Site) -> bool:
-    """Tell whether a depthwise convolution lies between the projections."""
-    return any(name.startswith("w_depth") for name in site.operands)
-
-
 @register_pass
 class Upcycle(SitePass):
     """Replace an FFN by routed copies of itself."""
@@ -140,10 +135,10 @@ class Upcycle(SitePass):
         """Return why this FFN cannot be upcycled."""
         if site.dead:
             return "its result feeds nothing that is returned; experts would waste memory and never learn"
-        if mixes_tokens(site) and (not site.region_is_module or not self.options.plain_copies):
+        if mixes_tokens(site) and not self.options.plain_copies:
             return (
                 "a depthwise convolution between its projections mixes tokens, so only whole samples can be routed: "
-                "that needs a module of its own, granularity=1, shared=0 and no re-initialisation"
+                "that needs granularity=1, shared=0 and no re-initialisation"
             )
         if any(rate > 0 for rate in site.operands.get("dropout", ())):
             return "an active dropout inside it; set its rate to 0 first"
@@ -236,7 +231,8 @@ class Upcycle(SitePass):
 
     def _build_samples(self, context: Context) -> nn.Module:
         """Return copies of the whole module, routed by sample."""
-        o, module = self.options, context.graph.root
+        o = self.options
+        module = context.graph.root if context.whole else extract(context)
         experts = ModuleExperts(module, o.experts)
         if o.noise:
             draws = context.generator("noise")
@@ -252,7 +248,7 @@ class Upcycle(SitePass):
             mode=o.mode,
             scale=o.scale,
             selection_bias=o.selection_bias,
-        ).train(module.training)
+        ).train(context.graph.root.training)
 
     def _router(self, context: Context, dim: int, device: torch.device) -> LinearRouter:
         o = self.options
