@@ -118,4 +118,6 @@ def plain_inputs(width: int = 16) -> tuple[Tensor]:
 def routed_plain(seed: int = 0, depth: int = 2, **options: Any) -> Plain:
     """Return a transformed :class:`Plain`."""
     torch.manual_seed(seed)
-    return moefx.transform(Plain(depth=depth), plain_inputs(), **({"experts": 4, "noise": 0.05, "max_error": 10.0} | options))
+    return moefx.transform(
+        Plain(depth=depth), plain_inputs(), **({"experts": 4, "noise": 0.05, "max_error": 10.0} | options)
+    )

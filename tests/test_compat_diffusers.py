@@ -185,9 +185,7 @@ def test_adapters_are_saved_apart(tmp_path: Any) -> None:
     with pytest.raises(moefx.MoefxError, match="adapter of PEFT"):
         model.save_pretrained(tmp_path / "model")
     model.save_lora_adapter(tmp_path / "adapter")
-    other.load_lora_adapter(
-        tmp_path / "adapter", prefix=None, weight_name="pytorch_lora_weights.safetensors"
-    )
+    other.load_lora_adapter(tmp_path / "adapter", prefix=None, weight_name="pytorch_lora_weights.safetensors")
     assert torch.equal(output_of(other), output_of(model))
 
 

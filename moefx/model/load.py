@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from safetensors import safe_open
@@ -21,7 +20,7 @@ from moefx.model.realise import realise
 from moefx.model.report import Report
 from moefx.model.transform import attach
 
-Model = TypeVar("Model", bound=nn.Module)
+_LARGEST_OPTION = 1 << 16  # a forged number of experts would be built one by one before the weights disagree
 
 
 def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
@@ -76,6 +75,10 @@ def fill(model: nn.Module, saved: Saved, dtype: torch.dtype | None = None) -> nn
 
 
 def _apply(model: nn.Module, plan: Plan, saved: Saved) -> Report:
+    for rule in plan.passes:
+        for name, value in rule.options.items():
+            if isinstance(value, int) and abs(value) > _LARGEST_OPTION:
+                raise unsafe(saved.folder, f"a plan with {name} = {value} for {rule.name}")
     try:
         changes, _ = realise(model, plan)
         apply_changes(model, changes)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -66,7 +67,7 @@ def save(
         weights = _write_weights(stage, tensors, limit, _weights_stem(whole, variant), variant)
         buffers = _unsaved_buffers(whole)
         if buffers:
-            save_file(buffers, stage / BUFFERS)
+            _store(buffers, stage / BUFFERS)
         _write_json(stage / PLANS, [plan.model_dump(mode="json") for plan in handle.plans])
         _write_json(stage / CONFIG, _config(whole, handle))
         files = {path.name: describe(stage, path.name) for path in sorted(stage.iterdir())}
@@ -197,8 +198,15 @@ def _write_weights(stage: Path, tensors: dict[str, Tensor], limit: int, stem: st
     for name, shard in zip(names, shards, strict=True):
         # A copy of its own: safetensors refuses tensors that overlap in memory.
         content = {key: _own(value) for key, value in shard.items()}
-        save_file(content, stage / name, metadata={"format": "pt"})
+        _store(content, stage / name)
     return names
+
+
+def _store(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # how safetensors reports that the disk took no more
+        raise OSError(f"{path.name}: {error}") from error
 
 
 def _own(value: Tensor) -> Tensor:
