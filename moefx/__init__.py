@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moefx.inspect.dump import dump
     from moefx.model.load import load
     from moefx.model.save import save
+    from moefx.parallel import parallelize
     from moefx.training import aux_loss, health
 
 _PUBLIC = {
@@ -29,6 +30,7 @@ _PUBLIC = {
     "health": "moefx.training",
     "load": "moefx.model.load",
     "misses": "moefx.api",
+    "parallelize": "moefx.parallel",
     "plan": "moefx.api",
     "save": "moefx.model.save",
     "sites": "moefx.api",
@@ -45,6 +47,7 @@ __all__ = [
     "health",
     "load",
     "misses",
+    "parallelize",
     "plan",
     "save",
     "sites",
