@@ -7,6 +7,7 @@ import fnmatch
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from moefx.errors import NothingMatched, nearest
@@ -87,7 +88,7 @@ class Explanation:
             "source": show_source(origin_of(site.output).source),
             "rewrite": self._mark(site) or "none asked for; name a recipe to see what it would do",
             "shapes": ", ".join(f"{k} {literal(v)}" for k, v in site.shapes.items()),
-            "read outside": ", ".join(n.name for n in site.escapes()) or "nothing, the region can be removed",
+            "read outside": ", ".join(_read_outside(site)) or "nothing, the region can be removed",
         }
         for title, text in facts.items():
             lines += wrap(f"  {title:<13} {clean(text)}", " " * 16)
@@ -119,6 +120,16 @@ class Explanation:
         shown = [line for n in found if n.op not in ("placeholder", "output") for line in statement(n)]
         more = [f"    and {len(shown) - 20} more lines"] if len(shown) > 20 else []
         return [*(fit(line) for line in shown[:20]), *more]
+
+
+def _read_outside(site: Site) -> list[str]:
+    """Return the inner values that something else computes with; reading a size or a device does not count."""
+    inside = set(site.nodes)
+    return [
+        clean(n.name)
+        for n in site.escapes()
+        if any(u not in inside and isinstance(u.meta.get("val"), torch.Tensor | tuple | list) for u in n.users)
+    ]
 
 
 def _article(kind: str) -> str:
