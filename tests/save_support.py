@@ -19,12 +19,13 @@ from moefx.zoo import tiny
 
 DIT, FLUX = "DiTTransformer2DModel", "FluxTransformer2DModel"
 MODELS = (DIT, FLUX)
+DIFFERING: dict[str, Any] = {"experts": 4, "noise": 0.05, "max_error": 10.0}  # equal experts would hide mistakes
 
 
 @functools.cache
 def _pair(name: str) -> tuple[nn.Module, nn.Module]:
     dense = tiny(name)
-    routed = moefx.transform(copy.deepcopy(dense), experts=4, noise=0.05, max_error=10.0)
+    routed = moefx.transform(copy.deepcopy(dense), **DIFFERING)
     return dense, routed
 
 
@@ -40,7 +41,7 @@ def routed_model(name: str) -> Any:
 
 def transformed(name: str, **options: Any) -> Any:
     """Return a model transformed just now, which can be untransformed."""
-    return moefx.transform(dense_model(name), **({"experts": 4} | options))
+    return moefx.transform(dense_model(name), **(DIFFERING | options))
 
 
 def inputs_of(model: nn.Module) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Routed models under what diffusers and PEFT do to models: caches, casts, offloading, adapters, compilation of blocks."""
+"""Routed models under what diffusers and PEFT do to models: caches, casts, offloading, adapters, compilation."""
 
 from __future__ import annotations
 

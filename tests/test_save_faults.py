@@ -140,7 +140,7 @@ def _fail_after(patch: pytest.MonkeyPatch, owner: Any, name: str, error: BaseExc
 
 def test_no_space_says_so(pair: tuple[Plain, Plain], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _fail_after(monkeypatch, save, "save_file", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 2)
-    with pytest.raises(InputError, match="No space left on device.*\n.*enough space"):
+    with pytest.raises(InputError, match=r"No space left on device.*\n.*enough space"):
         _write(pair[0], tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
