@@ -44,6 +44,7 @@ __all__ = [
     "MoefxError",
     "__version__",
     "aux_loss",
+    "dump",
     "health",
     "load",
     "misses",
