@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from moefx.inspect.dump import dump
     from moefx.model.load import load
     from moefx.model.save import save
-    from moefx.parallel import parallelize
+    from moefx.parallel.parallelize import parallelize
     from moefx.training import aux_loss, health
 
 _PUBLIC = {
