@@ -43,8 +43,8 @@ def test_conversion_is_exact_at_equal_active_flops(demo: tuple[Path, dict[str, A
     assert facts["equality"]["max_relative_error"] <= 1e-5
     assert len(facts["equality"]["max_relative_error_by_time"]) >= 3
     assert routed["parameters"] > 1.5 * dense["parameters"]
-    assert 1 <= routed["flops_per_image"] / dense["flops_per_image"] < 1.03  # the routers
-    assert 1 <= routed["active_parameters"] / dense["active_parameters"] < 1.03
+    assert 1 <= routed["flops_per_image"] / dense["flops_per_image"] < 1.04  # the routers
+    assert 1 <= routed["active_parameters"] / dense["active_parameters"] < 1.04
 
 
 def test_the_same_noise_gives_the_same_loss_before_training(demo: tuple[Path, dict[str, Any]]) -> None:

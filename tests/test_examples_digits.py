@@ -102,7 +102,7 @@ def test_side_by_side_training_gives_each_model_what_it_gets_alone(data: Digits,
     train.train([first, second], data, STAGE, 10, 0, "")
     assert alone.curve.train == first.curve.train == second.curve.train
     assert alone.curve.validation == first.curve.validation
-    assert alone.curve.validation_steps == [1, 2, 4]
+    assert alone.curve.validation_steps == [0, 2, 4]
     assert alone.curve.train[0] != alone.curve.train[-1]
 
 
@@ -198,7 +198,7 @@ def test_dense_weights_are_read_back_and_keyed_by_every_choice(data: Digits, tmp
     assert [path.name for path in tmp_path.iterdir()] == [f"dense-{dense_key(config)}.safetensors"]
     changed = [
         dataclasses.replace(config, seed=1),
-        dataclasses.replace(config, model=dataclasses.replace(config.model, width=32)),
+        dataclasses.replace(config, model=dataclasses.replace(config.model, width=48)),
         dataclasses.replace(config, dense=dataclasses.replace(config.dense, learning_rate=1.0)),
     ]
     assert len({dense_key(each) for each in [config, *changed]}) == 4

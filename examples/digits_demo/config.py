@@ -20,10 +20,10 @@ class ModelConfig:
     patch: int = 2
     in_channels: int = 1
     depth: int = 3
-    width: int = 64
+    width: int = 32
     heads: int = 4
     classes: int = 10
-    mlp_ratio: float = 2.0
+    mlp_ratio: float = 4.0
     label_dropout: float = 0.0  # the training loop drops labels, so that both models see the same drops
 
 
@@ -77,7 +77,7 @@ class Config:
     validation_share: float = 0.2
     model: ModelConfig = ModelConfig()
     dense: StageConfig = StageConfig(steps=1500, learning_rate=4e-3, warmup_steps=100)
-    finetune: StageConfig = StageConfig(steps=2000, learning_rate=2e-3, warmup_steps=50)
+    finetune: StageConfig = StageConfig(steps=2000, learning_rate=3e-3, warmup_steps=200)
     routing: RoutingConfig = RoutingConfig()
     judge: JudgeConfig = JudgeConfig()
 
@@ -91,6 +91,7 @@ class Config:
             judge=dataclasses.replace(
                 self.judge,
                 samples_per_class=min(self.judge.samples_per_class, 8 + steps),
+                sampler_steps=min(self.judge.sampler_steps, 1 + steps),
                 draws_per_bucket=1,
             ),
         )

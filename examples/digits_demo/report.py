@@ -86,6 +86,7 @@ def markdown(facts: Facts) -> str:
                 "## Result",
                 table(HEADINGS, summary_rows(facts)),
                 verdict(facts),
+                _price(facts),
                 _yardsticks(facts),
                 "![samples](samples.png)",
                 "## Proof that the conversion changed nothing",
@@ -116,6 +117,21 @@ def _introduction(facts: Facts) -> str:
         f"`{routing['recipe']}` turns each of its feed-forward networks into {routing['experts']} experts "
         f"of 1/{routing['granularity']} of its width, {routing['top_k']} per token: the same active width. "
         f"Then both models train {tune['steps']} more steps on the same batches, times, noise and dropped labels."
+    )
+
+
+def _price(facts: Facts) -> str:
+    """Say what the sparse model costs, and what the comparison does not tell."""
+    dense, routed = facts["cost"]["dense"], facts["cost"]["routed"]
+    more = routed["flops_per_image"] / dense["flops_per_image"] - 1
+    steps = facts["config"]["finetune"]["steps"]
+    step_ms = {name: 1000 * facts["curves"][name]["seconds"] / steps for name in ("dense", "routed")}
+    return (
+        f"The routed model's matrix products are {percent(more)}, all of it the routers; it holds "
+        f"{routed['parameters'] / dense['parameters']:.1f} times the parameters. A training step took "
+        f"{step_ms['dense']:.0f} ms dense and {step_ms['routed']:.0f} ms routed on this CPU: equal FLOPs are not equal "
+        "time at this size. One training seed; the standard error is over images only, so expect another seed to move "
+        "the gap by more than that."
     )
 
 

@@ -128,12 +128,14 @@ def train(trainees: list[Trainee], data: Digits, stage: StageConfig, null_class:
     """Train all models side by side: every step gives each of them the same batch."""
     generator = torch.Generator().manual_seed(seed)
     validation = watched(data, seed + 1)
+    for trainee in trainees:
+        evaluate(trainee, validation, 0)
     bar = tqdm(range(1, stage.steps + 1), desc=title, disable=not sys.stderr.isatty(), unit="step")
     for step in bar:
         batch = draw(data, stage, null_class, generator)
         for trainee in trainees:
             trainee.step(batch)
-        if step % stage.evaluate_every == 0 or step in (1, stage.steps):
+        if step % stage.evaluate_every == 0 or step == stage.steps:
             for trainee in trainees:
                 evaluate(trainee, validation, step)
             bar.set_postfix_str(" ".join(f"{trainee.curve.validation[-1]:.4f}" for trainee in trainees))
