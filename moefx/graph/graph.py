@@ -17,7 +17,9 @@ from torch.utils import _pytree as pytree
 
 from moefx.errors import GuardError
 from moefx.graph.guards import Guard
-from moefx.graph.origin import ModuleCall
+from moefx.graph.origin import ModuleCall, origin_of, show_source
+from moefx.graph.outputs import put_together
+from moefx.graph.patches import Written
 from moefx.graph.signature import CallSpec
 
 
@@ -43,13 +45,15 @@ class Graph:
         calls: Iterable[ModuleCall] = (),
         constants: dict[str, torch.Tensor] | None = None,
         notes: Iterable[str] = (),
+        written: Iterable[Written] = (),
     ) -> None:
         self.root, self.fx = root, fx
         self.call_spec, self.out_spec = call_spec, out_spec
         self.guards, self.calls = list(guards), list(calls)
         self.constants = dict(constants or {})
         self.notes = list(notes)
-        self.training = root.training
+        self.written = list(written)
+        self.modes = {path: root.get_submodule(path).training for path in ["", *(call.path for call in self.calls)]}
         self.version = 0
         self.facts: dict[str, Any] = {}
 
@@ -92,7 +96,7 @@ class Graph:
         env = self._execute(args, kwargs, ())
         (output,) = (n for n in reversed(self.fx.nodes) if n.op == "output")
         leaves = map_arg(output.args[0], lambda n: env[n])
-        return pytree.tree_unflatten(list(leaves), self.out_spec) if self.out_spec is not None else leaves
+        return put_together(list(leaves), self.out_spec) if self.out_spec is not None else leaves
 
     def values(self, nodes: Iterable[Node], *args: Any, **kwargs: Any) -> dict[Node, Any]:
         """Run the graph and return the values of ``nodes``."""
@@ -102,13 +106,7 @@ class Graph:
 
     def _execute(self, args: tuple[Any, ...], kwargs: dict[str, Any], keep: tuple[Node, ...]) -> dict[Node, Any]:
         assert self.call_spec is not None, "this graph was built without a signature"
-        if self.root.training != self.training:
-            now, then = ("train", "eval") if self.root.training else ("eval", "train")
-            raise GuardError(
-                f"run the graph captured from {type(self.root).__name__}",
-                found=f"the model is in {now} mode, the graph was captured in {then} mode",
-                do="switch the mode back, or trace again",
-            )
+        self._check_state()
         inputs = self.call_spec.tensors_of(args, kwargs)
         guards = {guard.node: guard for guard in self.guards}
         last_use = self._last_uses()
@@ -117,13 +115,40 @@ class Graph:
         for node in self.fx.nodes:
             if node.op == "output":
                 break
-            env[node] = next(rest) if node.op == "placeholder" else self.run_node(node, env)
+            env[node] = next(rest) if node.op == "placeholder" else self._guarded(node, env)
             if node in guards:
                 guards[node].check(env[node])
             for done in last_use.get(node, ()):
                 if done not in keep:
                     del env[done]
         return env
+
+    def _check_state(self) -> None:
+        for path, training in self.modes.items():
+            module = self.root.get_submodule(path)
+            if module.training != training:
+                now, then = ("eval", "train") if training else ("train", "eval")
+                raise GuardError(
+                    f"run the graph captured from {type(self.root).__name__}",
+                    found=f"{path or 'the model'} is in {now} mode, the graph was captured in {then} mode",
+                    do="switch the mode back, or trace again",
+                )
+        for attribute in self.written:
+            attribute.check()
+
+    def _guarded(self, node: Node, env: dict[Node, Any]) -> Any:
+        """Run one node; what it refuses to compute lies outside what was captured."""
+        try:
+            return self.run_node(node, env)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise GuardError(
+                f"run the graph captured from {type(self.root).__name__}",
+                found=f"{what} at {show_source(origin_of(node).source)}",
+                do="pass inputs on which the model itself runs, or trace it again with inputs like these",
+            ) from error
 
     def run_node(self, node: Node, env: dict[Node, Any]) -> Any:
         """Compute one node from the values of its inputs."""

@@ -6,13 +6,15 @@ import contextlib
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from moefx.graph.proxy import ScalarProxy, TensorProxy
+from moefx.errors import GuardError
+from moefx.graph.proxy import ScalarProxy, TensorProxy, find_tracer
 
 if TYPE_CHECKING:
     from moefx.graph.tracer import GuidedTracer
@@ -36,10 +38,24 @@ FACTORIES = (
     *("rand", "randn", "randint", "randperm", "tril_indices", "triu_indices", "from_numpy", "hann_window"),
     *("complex", "polar", "empty_strided"),
 )
+_LIBRARIES = ("torch", "moefx", "builtins")
 _LEAF_FUNCTIONS = (
     ("torch.nn.attention.flex_attention", "flex_attention"),
     ("torch.nn.attention.varlen", "varlen_attn"),
 )
+
+
+_RUNNING: list[tuple[int, GuidedTracer]] = []
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Let a trace that this thread is in the middle of record nothing: another one starts inside its forward."""
+    with contextlib.ExitStack() as stack:
+        for owner, tracer in _RUNNING:
+            if owner == threading.get_ident():
+                stack.enter_context(tracer.pause())
+        yield
 
 
 @contextlib.contextmanager
@@ -62,14 +78,16 @@ def patched(tracer: GuidedTracer) -> Iterator[None]:
             functions = _patch_functions(replace, active, tracer)
             _patch_user_imports(replace, functions, tracer)
             _patch_autocast(replace, active, tracer)
+            _RUNNING.append((owner, tracer))
             yield
         finally:
+            _RUNNING[:] = [running for running in _RUNNING if running[1] is not tracer]
             for step in reversed(undo):
                 step()
 
 
 def _patch_modules(replace: Callable[..., None], active: Callable[[], bool], tracer: GuidedTracer) -> None:
-    call, getattr_ = nn.Module.__call__, nn.Module.__getattr__
+    call, getattr_, setattr_ = nn.Module.__call__, nn.Module.__getattr__, nn.Module.__setattr__
 
     def traced_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if active() and id(module) in tracer.paths:
@@ -82,7 +100,13 @@ def _patch_modules(replace: Callable[..., None], active: Callable[[], bool], tra
             return tracer.attribute(found)
         return found
 
+    def traced_setattr(module: nn.Module, name: str, value: Any) -> None:
+        if active() and id(module) in tracer.paths:
+            tracer.check_assignment(module, name, value)
+        setattr_(module, name, value)
+
     replace(nn.Module, "__call__", traced_call)
+    replace(nn.Module, "__setattr__", traced_setattr)
     replace(nn.Module, "__getattr__", traced_getattr)
 
 
@@ -110,9 +134,11 @@ def _patch_functions(replace: Callable[..., None], active: Callable[[], bool], t
         return wrapper
 
     def unwrapped(original: Any) -> Any:
+        def plain(arg: Any) -> Any:
+            return tuple(plain(a) for a in arg) if isinstance(arg, tuple) else tracer.specialise(arg)
+
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            args = tuple(tracer.specialise(a) if type(a) is ScalarProxy else a for a in args)
-            return original(*args, **kwargs)
+            return original(*(plain(a) for a in args), **kwargs)
 
         return wrapper
 
@@ -120,7 +146,7 @@ def _patch_functions(replace: Callable[..., None], active: Callable[[], bool], t
         patch(torch, name, always)
     for name in ("sqrt", "log", "log2", "exp", "pow", "prod"):
         patch(math, name, on_scalars)
-    for name in ("finfo", "iinfo"):
+    for name in ("finfo", "iinfo", "broadcast_shapes"):
         patch(torch, name, unwrapped)
     for module_name, name in _LEAF_FUNCTIONS:
         if module_name in sys.modules:
@@ -130,12 +156,9 @@ def _patch_functions(replace: Callable[..., None], active: Callable[[], bool], t
 
 def _patch_user_imports(replace: Callable[..., None], functions: dict[int, Any], tracer: GuidedTracer) -> None:
     """Patch the same functions where the model's own files imported them by name."""
-    for file_name in {type(m).__module__ for m in tracer.root.modules()}:
-        file = sys.modules.get(file_name)
-        if file is None or file_name.partition(".")[0] in ("torch", "moefx"):
-            continue
+    for file in _own_files(tracer.root):
         for name, value in list(vars(file).items()):
-            if id(value) in functions:
+            if id(value) in functions and not isinstance(file, type):
                 replace(file, name, functions[id(value)])
 
 
@@ -169,16 +192,23 @@ def _known_device(value: Any) -> Any:
     return "cpu" if value == "meta" else value
 
 
-def clear_caches(root: nn.Module) -> None:
-    """Empty function caches in the model's own files: one may hold a proxy of a finished trace."""
-    types = {type(m) for m in root.modules()}
-    holders: list[Any] = [*types, *(sys.modules.get(t.__module__) for t in types)]
-    for holder in holders:
-        if holder is None or getattr(holder, "__module__", getattr(holder, "__name__", "")).startswith("torch."):
-            continue
-        for value in list(vars(holder).values()):
-            if callable(getattr(value, "cache_clear", None)):
-                value.cache_clear()
+@dataclass(frozen=True)
+class Written:
+    """A plain Python attribute that forward changes: the trace saw its ``value`` and knows of no other."""
+
+    holder: Any
+    name: str
+    value: Any
+
+    def check(self) -> None:
+        """Raise :class:`GuardError` unless the attribute is what the trace saw."""
+        now = getattr(self.holder, self.name, None)
+        if type(now) is not type(self.value) or now != self.value:
+            raise GuardError(
+                "run a captured graph of a forward that changes the module's state",
+                found=f"{type(self.holder).__name__}.{self.name} = {now!r}, captured with {self.value!r}",
+                do="trace the model again",
+            )
 
 
 class Snapshot:
@@ -190,16 +220,18 @@ class Snapshot:
     def __init__(self, root: nn.Module) -> None:
         self._attributes: list[tuple[Any, dict[str, Any]]] = []
         self._containers: list[tuple[Any, Any]] = []
+        self._shared: list[tuple[Any, Any]] = []
         self._seen: set[int] = set()
         for module in root.modules():
             self._keep(module)
+        for holder in _own_files(root):
+            self._look_shallow(vars(holder).values())
 
     def _keep(self, holder: Any) -> None:
         self._seen.add(id(holder))
         self._attributes.append((holder, dict(holder.__dict__)))
-        for key, value in holder.__dict__.items():
-            if key not in ("_parameters", "_buffers", "_modules"):
-                self._look(value)
+        for value in holder.__dict__.values():
+            self._look(value)
 
     def _look(self, value: Any) -> None:
         if id(value) in self._seen or isinstance(value, nn.Module):
@@ -212,21 +244,41 @@ class Snapshot:
         elif type(getattr(value, "__dict__", None)) is dict and not _is_foreign(value):
             self._keep(value)
 
-    def restore(self) -> list[str]:
-        """Put everything back; return the names of the attributes that had changed."""
-        changed = []
+    def _look_shallow(self, values: Iterable[Any]) -> None:
+        """Keep the caches that files and classes of the model hold as plain dicts and lists."""
+        for value in list(values):
+            if type(value) in (dict, list) and id(value) not in self._seen:
+                self._seen.add(id(value))
+                self._shared.append((value, type(value)(value)))
+
+    def restore(self) -> tuple[list[str], list[Written]]:
+        """Put everything back; return the names of what had changed, and which of them are plain Python values."""
+        changed: list[str] = []
+        written: list[Written] = []
         for holder, saved in self._attributes:
             now = holder.__dict__
-            for key in [k for k, v in now.items() if saved.get(k, _MISSING) is not v]:
-                changed.append(f"{type(holder).__name__}.{key}")
+            keys = [k for k, v in now.items() if saved.get(k, _MISSING) is not v]
+            for key in keys:
                 del now[key]
             now.update(saved)
-        for container, saved in self._containers:
+            changed += [f"{type(holder).__name__}.{key}" for key in keys]
+            values = [(key, getattr(holder, key, None)) for key in keys]
+            written += [Written(holder, k, v) for k, v in values if isinstance(v, bool | int | float | str)]
+        # Others may write to what files share, so that is put back only where it holds values of a trace.
+        shared = [(now, saved) for now, saved in self._shared if _differs(now, saved) and find_tracer(now) is not None]
+        for container, saved in [*self._containers, *shared]:
             if _differs(container, saved):
                 changed.append(f"a {type(container).__name__} of the model")
                 container.clear()
                 container.update(saved) if isinstance(container, dict) else container.extend(saved)
-        return changed
+        return changed, written
+
+
+def _own_files(root: nn.Module) -> list[Any]:
+    """Return the classes of the model's modules and the files they are written in, without torch's and ours."""
+    types = {t for m in root.modules() for t in type(m).__mro__ if t.__module__.partition(".")[0] not in _LIBRARIES}
+    files = {t.__module__: sys.modules.get(t.__module__) for t in types}
+    return [*types, *(file for file in files.values() if file is not None)]
 
 
 def _is_foreign(value: Any) -> bool:

@@ -6,7 +6,9 @@ whose answer depends on a *size* or on *data* is answered through the tracer, wh
 
 from __future__ import annotations
 
+import math
 import operator
+import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,8 +24,7 @@ _CONCRETE_ATTRIBUTES = frozenset(
     | {"is_leaf", "itemsize", "names", "grad_fn", "is_nested"}
 )
 _CONCRETE_METHODS = frozenset(
-    {"dim", "ndimension", "is_floating_point", "is_complex", "is_contiguous", "element_size", "get_device"}
-    | {"is_signed", "is_inference"}
+    {"dim", "ndimension", "is_floating_point", "is_complex", "element_size", "get_device", "is_signed", "is_inference"}
 )
 _DATA_METHODS = frozenset(["item", "tolist", "numpy", "__array__"])
 _STATIC_ATTRIBUTES = frozenset({"dtype", "device"})
@@ -52,7 +53,7 @@ class Shape(tuple[Any, ...]):
 class ScalarProxy:
     """A Python value (int, float, bool, dtype, device, string) that the graph computes."""
 
-    __slots__ = ("node", "tracer", "value")
+    __slots__ = ("__weakref__", "node", "tracer", "value")
 
     node: Node
     tracer: GuidedTracer
@@ -62,10 +63,11 @@ class ScalarProxy:
         object.__setattr__(self, "node", node)
         object.__setattr__(self, "value", value)
         object.__setattr__(self, "tracer", tracer)
+        tracer.made.append(weakref.ref(self))
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _find_tracer((args, kwargs or {})).call_torch(func, tuple(args), dict(kwargs or {}))
+        return owner_of((args, kwargs or {})).call_torch(func, tuple(args), dict(kwargs or {}))
 
     def __repr__(self) -> str:
         return f"ScalarProxy({self.node.name})"
@@ -105,21 +107,27 @@ class ScalarProxy:
         return format(self.tracer.specialise(self), spec)
 
     def __hash__(self) -> int:
-        # By identity: a cache of the user's must never return a value of this trace to a later call.
-        return object.__hash__(self)
+        # Numbers by identity: a size that looks something up in a cache of the user's must not be found there.
+        number = isinstance(self.value, bool | int | float | complex)
+        return object.__hash__(self) if number else hash(self.tracer.specialise(self))
 
     def __round__(self, digits: int | None = None) -> Any:
         return self.tracer.scalar(round, self) if digits is None else self.tracer.scalar(round, self, digits)
 
     def __ceil__(self) -> Any:
-        import math
-
         return self.tracer.scalar(math.ceil, self)
 
     def __floor__(self) -> Any:
-        import math
-
         return self.tracer.scalar(math.floor, self)
+
+    def __trunc__(self) -> Any:
+        return self.tracer.scalar(math.trunc, self)
+
+    def __divmod__(self, other: Any) -> Any:
+        return self // other, self % other
+
+    def __rdivmod__(self, other: Any) -> Any:
+        return other // self, other % self
 
 
 class TensorProxy(torch.Tensor):
@@ -132,6 +140,7 @@ class TensorProxy(torch.Tensor):
     tracer: GuidedTracer
     value: torch.Tensor
     _sizes: Shape | None
+    _reshaped: int
 
     @staticmethod
     def make(node: Node, value: torch.Tensor, tracer: GuidedTracer, is_parameter: bool = False) -> TensorProxy:
@@ -140,12 +149,13 @@ class TensorProxy(torch.Tensor):
             proxy = torch.Tensor._make_wrapper_subclass(
                 TensorProxy, value.shape, dtype=value.dtype, device=value.device, requires_grad=False
             )
-        proxy.__dict__.update(node=node, value=value, tracer=tracer, _sizes=None, _is_param=is_parameter)
+        proxy.__dict__.update(node=node, value=value, tracer=tracer, _sizes=None, _reshaped=0, _is_param=is_parameter)
+        tracer.made.append(weakref.ref(proxy))
         return proxy
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _find_tracer((args, kwargs or {})).call_torch(func, tuple(args), dict(kwargs or {}))
+        return owner_of((args, kwargs or {})).call_torch(func, tuple(args), dict(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -206,7 +216,6 @@ class TensorProxy(torch.Tensor):
         self.tracer.call_function(operator.setitem, (self, index, value), {})
 
     def __iter__(self) -> Iterator[Any]:
-        self.tracer.specialise(self.shape[0])
         return iter(self.tracer.call_method("unbind", (self, 0), {}))
 
     def __len__(self) -> int:
@@ -234,14 +243,16 @@ class TensorProxy(torch.Tensor):
 Proxy = TensorProxy | ScalarProxy
 
 
-def _find_tracer(tree: Any) -> GuidedTracer:
-    found = _search(tree)
+def owner_of(tree: Any) -> GuidedTracer:
+    """Return the tracer of the proxies in a call's arguments."""
+    found = find_tracer(tree)
     if found is None:
         raise RuntimeError("a value that is being traced was hidden in a container that the tracer cannot read")
     return found
 
 
-def _search(tree: Any) -> GuidedTracer | None:
+def find_tracer(tree: Any) -> GuidedTracer | None:
+    """Return the tracer of the first proxy in a tree."""
     if type(tree) in (TensorProxy, ScalarProxy):
         return cast("GuidedTracer", tree.tracer)
     children: Any = ()
@@ -251,7 +262,7 @@ def _search(tree: Any) -> GuidedTracer | None:
         children = tree.values()
     elif type(tree) is slice:
         children = (tree.start, tree.stop, tree.step)
-    return next((found for child in children if (found := _search(child)) is not None), None)
+    return next((found for child in children if (found := find_tracer(child)) is not None), None)
 
 
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "lshift", "rshift")
@@ -281,8 +292,6 @@ def _install_operators(cls: type) -> None:
         setattr(cls, f"__{name}__", _binary(getattr(operator, name)))
     for name in _UNARY:
         setattr(cls, f"__{name}__", _unary(getattr(operator, name)))
-    # Defining __eq__ after the class body leaves the hash alone; both kinds hash by identity.
-    setattr(cls, "__hash__", object.__hash__)  # noqa: B010
 
 
 def _method(name: str) -> Callable[..., Any]:
@@ -308,3 +317,4 @@ for _name in _INPLACE:
     setattr(TensorProxy, f"__{_name}__", _binary(getattr(operator, _name)))
 setattr(TensorProxy, "__getitem__", _binary(operator.getitem))  # noqa: B010
 _install_tensor_names()
+setattr(TensorProxy, "__hash__", object.__hash__)  # noqa: B010

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from moefx.errors import CaptureError, GuardError, InputError
 
 Inputs = dict[str, Any] | tuple[Any, ...] | None
-_STATIC = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, Enum, type(None))
+STATIC = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, Enum, type(None))
 
 
 def normalise_inputs(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -63,7 +63,7 @@ class CallSpec:
                 self.tensors.append(TensorSpec(name, tuple(leaf.shape), leaf.dtype, leaf.device))
                 self.examples.append(leaf)
                 self.static.append(None)
-            elif isinstance(leaf, _STATIC):
+            elif isinstance(leaf, STATIC):
                 self.static.append((name, leaf))
             else:
                 found = f"argument {name!r} is a {type(leaf).__name__}, a custom object that a graph cannot hold"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import traceback
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any, Literal
 
+import numpy
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -13,8 +16,9 @@ from torch.utils import _pytree as pytree
 from moefx.errors import CaptureError, InputError, MoefxError
 from moefx.graph.graph import Graph
 from moefx.graph.origin import HIDDEN, Origin, short_path, show_source
-from moefx.graph.patches import Snapshot, clear_caches, patched
-from moefx.graph.signature import CallSpec, Inputs, normalise_inputs
+from moefx.graph.outputs import take_apart
+from moefx.graph.patches import Snapshot, patched, undisturbed
+from moefx.graph.signature import STATIC, CallSpec, Inputs, normalise_inputs
 from moefx.graph.tracer import GuidedTracer, NeedsData
 
 
@@ -38,10 +42,16 @@ def trace(
         raise InputError(
             "trace a model", found=f"an object of type {type(model).__name__}", do="pass a torch.nn.Module"
         )
-    args, kwargs = normalise_inputs(model, _example(model) if inputs is None else inputs)
-    args, kwargs = _on_model_device(model, args, kwargs)
-    spec = CallSpec(model, args, kwargs)
-    _check_devices(model, spec)
+    with undisturbed():
+        args, kwargs = normalise_inputs(model, _example(model) if inputs is None else inputs)
+        args, kwargs = _on_model_device(model, args, kwargs)
+        spec = CallSpec(model, args, kwargs)
+        _check_devices(model, spec)
+        return _trace_as_needed(model, spec, leaf, expand)
+
+
+def _trace_as_needed(model: nn.Module, spec: CallSpec, leaf: str, expand: Collection[str]) -> Graph:
+    """Trace on values without data; where forward reads data, run the example."""
     try:
         return _trace(model, spec, leaf, expand, real=False)
     except NeedsData as reason:
@@ -72,23 +82,19 @@ def _trace(model: nn.Module, spec: CallSpec, leaf: str, expand: Collection[str],
     tracer = GuidedTracer(model, leaf, real, modes[0] if modes else None, expand)
     snapshot = Snapshot(model)
     try:
-        with torch.enable_grad():
-            proxies = [
-                _placeholder(tracer, s.name, example) for s, example in zip(spec.tensors, spec.examples, strict=True)
-            ]
-            args, kwargs = spec.rebuild(proxies)
-            with patched(tracer):
-                output = model.forward(*args, **kwargs)
-            leaves, out_spec = pytree.tree_flatten(output)
-            tracer.graph.output([tracer.arg(leaf_) for leaf_ in leaves])
-    except (MoefxError, NeedsData):
+        with _random_state_kept(model, torch_too=not real):
+            out_spec = _record(tracer, model, spec)
+    except (MoefxError, NeedsData) as error:
+        traceback.clear_frames(error.__traceback__)
         raise
     except Exception as error:
+        traceback.clear_frames(error.__traceback__)
         raise _capture_error(model, error) from error
     finally:
-        changed = snapshot.restore()
-        clear_caches(model)
+        changed, written = snapshot.restore()
+        kept = tracer.close()
     notes = [f"forward writes module attributes: {', '.join(sorted(set(changed)))}"] if changed else []
+    notes += [f"forward keeps traced values in: {', '.join(kept)}"] if kept else []
     guards = [tracer.guards[n] for n in tracer.graph.nodes if n in tracer.guards]
     graph = Graph(
         model,
@@ -99,10 +105,52 @@ def _trace(model: nn.Module, spec: CallSpec, leaf: str, expand: Collection[str],
         calls=tracer.calls,
         constants=tracer.constants,
         notes=notes,
+        written=written,
     )
     graph.prune()
     graph.fx.lint()
     return graph
+
+
+@contextlib.contextmanager
+def _random_state_kept(model: nn.Module, torch_too: bool) -> Iterator[None]:
+    """Refuse a forward that draws random numbers outside the graph, and put the generators back."""
+    before = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    yield
+    python = random.getstate() != before[0]
+    array = any(not numpy.array_equal(a, b) for a, b in zip(numpy.random.get_state(), before[1], strict=True))
+    tensor = torch_too and not torch.equal(torch.get_rng_state(), before[2])
+    if python or array or tensor:
+        random.setstate(before[0])
+        numpy.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+        source = "Python's random" if python else "numpy.random" if array else "torch's seed"
+        raise CaptureError(
+            f"trace {type(model).__name__}",
+            found=f"its forward changes the state of {source}, which a graph would leave out",
+            do="draw with torch functions such as torch.rand",
+        )
+
+
+def _record(tracer: GuidedTracer, model: nn.Module, spec: CallSpec) -> pytree.TreeSpec:
+    """Run the model's forward on proxies and return the structure of its output."""
+    with torch.enable_grad():
+        proxies = [
+            _placeholder(tracer, s.name, example) for s, example in zip(spec.tensors, spec.examples, strict=True)
+        ]
+        args, kwargs = spec.rebuild(proxies)
+        with patched(tracer):
+            output = model.forward(*args, **kwargs)
+        leaves, out_spec = take_apart(output)
+        for leaf in leaves:
+            if not isinstance(leaf, (torch.Tensor, *STATIC)):
+                raise CaptureError(
+                    f"trace {type(model).__name__}",
+                    found=f"its forward returns a {type(leaf).__name__}, which a graph cannot build",
+                    do="return tensors, numbers, None, or tuples, lists, dicts and dataclasses of them",
+                )
+        tracer.graph.output([tracer.arg(leaf) for leaf in leaves])
+    return out_spec
 
 
 def _placeholder(tracer: GuidedTracer, name: str, example: torch.Tensor) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
@@ -24,12 +25,15 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from moefx.errors import CaptureError
+from moefx.graph.extents import SPLITTERS, count_is_fixed
 from moefx.graph.guards import Guard
+from moefx.graph.leftovers import forget
 from moefx.graph.origin import ModuleCall, Origin, show_source, user_source
 from moefx.graph.proxy import ScalarProxy, Shape, TensorProxy
 
 _SCALARS = (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_INPLACE_OPERATORS = frozenset(["setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "ior"])
 
 
 class NeedsData(BaseException):
@@ -59,9 +63,11 @@ class GuidedTracer:
         self.names = {id(t): name for name, t in named}
         self.guards: dict[Node, Guard] = {}
         self.calls: list[ModuleCall] = []
+        self._storages = {_storage(t) for _, t in named} if real else set()
         self.constants: dict[str, torch.Tensor] = {}
         self.autocasts: list[tuple[str, torch.dtype, bool]] = []
         self.paused = False
+        self.made: list[weakref.ref[Any]] = []
         self._fake = mode or FakeTensorMode(allow_non_fake_inputs=True)
         self._scope: list[tuple[str, int]] = [("", 0)]
         self._counts: dict[str, int] = {}
@@ -69,18 +75,25 @@ class GuidedTracer:
         self._scalars: dict[Any, ScalarProxy] = {}
         self._clones: dict[int, nn.Module] = {}
 
+    def close(self) -> list[str]:
+        """Let go of all proxies; return the types of what else still holds some."""
+        self._attributes.clear()
+        self._scalars.clear()
+        self._clones.clear()
+        return forget(self.made)
+
     # -- values ------------------------------------------------------------
 
     def example(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the example value that stands for ``tensor`` during this trace."""
         if self.real or isinstance(tensor, torch._subclasses.FakeTensor):
             return tensor
-        with self._pause():
+        with self.pause():
             fake = self._imitate(tensor)
             return fake.requires_grad_(tensor.requires_grad) if fake.is_leaf else fake
 
     @contextlib.contextmanager
-    def _pause(self) -> Iterator[None]:
+    def pause(self) -> Iterator[None]:
         """Let torch run undisturbed: nothing is recorded inside."""
         before, self.paused = self.paused, True
         try:
@@ -93,7 +106,7 @@ class GuidedTracer:
         args, kwargs = self.raw(args), self.raw(kwargs)
         mode: Any = contextlib.nullcontext() if self.real else self._fake
         try:
-            with self._pause(), mode, torch.no_grad():
+            with self.pause(), mode, torch.no_grad():
                 return function(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
             raise NeedsData(f"{error} at {show_source(user_source())}") from error
@@ -127,6 +140,8 @@ class GuidedTracer:
             return leaf.node
         if isinstance(leaf, torch.Tensor):
             return self.attribute(leaf).node
+        if isinstance(leaf, torch.Generator):
+            raise self.refuse("draw from a torch.Generator, whose state a graph cannot keep")
         return leaf
 
     def attribute(self, tensor: torch.Tensor) -> TensorProxy:
@@ -141,14 +156,14 @@ class GuidedTracer:
                 self.constants[name] = tensor
             node = self.node("get_attr", name)
             value = self.example(tensor)
-            with self._pause():
+            with self.pause():
                 node.meta["val"] = self._shape_only(value)
             known = self._attributes[id(tensor)] = TensorProxy.make(node, value, self, isinstance(tensor, nn.Parameter))
         return known
 
     def wrap(self, node: Node, value: Any) -> Any:
         """Return ``value`` as the user's Python sees it: proxies inside real Python containers."""
-        with self._pause():
+        with self.pause():
             node.meta["val"] = self._shape_only(value)
         if isinstance(value, torch.Tensor):
             return TensorProxy.make(node, value, self)
@@ -173,7 +188,10 @@ class GuidedTracer:
     def _imitate(self, tensor: torch.Tensor) -> torch.Tensor:
         if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.layout != torch.strided:
             return self._fake.from_tensor(tensor, static_shapes=True)
-        with self._fake:
+        return self._same_shape(tensor)
+
+    def _same_shape(self, tensor: torch.Tensor) -> torch.Tensor:
+        with self.pause(), self._fake:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
     def _items(self, node: Node, items: Iterable[tuple[Any, Any]]) -> list[Any]:
@@ -183,15 +201,39 @@ class GuidedTracer:
 
     def call_function(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Record a function call."""
+        name = getattr(function, "__name__", "")
+        self._check_inplace(name, args, kwargs)
         value = self.evaluate(function, args, kwargs)
-        return self.wrap(self.node("call_function", function, args, kwargs), value)
+        return self._record(self.node("call_function", function, args, kwargs), name, value)
 
     def call_method(self, name: str, args: Any, kwargs: Any) -> Any:
         """Record a tensor method call; ``args[0]`` is the tensor."""
-        if self.real and name.endswith("_") and not name.endswith("__") and args[0].node.op == "get_attr":
-            raise self.refuse(f"change the parameter or buffer {args[0].node.target!r} in place")
+        self._check_inplace(name, args, kwargs)
+        tensor, shape = args[0], tuple(args[0].value.shape)
+        before = self._same_shape(tensor.value) if _changes_in_place(name) else None
         value = self.evaluate(lambda self_, *a, **k: getattr(self_, name)(*a, **k), args, kwargs)
-        return self.wrap(self.node("call_method", name, args, kwargs), value)
+        if before is not None and tuple(tensor.value.shape) != shape:
+            # The proxy is another shape from here on; sizes that were read before stay what they were.
+            tensor.node.meta["val"] = before
+            tensor.__dict__.update(_sizes=None, _reshaped=tensor._reshaped + 1)
+        return self._record(self.node("call_method", name, args, kwargs), name, value)
+
+    def _record(self, node: Node, name: str, value: Any) -> Any:
+        """Return what the user sees of ``node``; guard how many tensors a split returned, if sizes decide that."""
+        if name in SPLITTERS and not count_is_fixed(node, len(value), self.root):
+            self.specialise(self.wrap(self.node("call_function", len, (node,)), len(value)))
+        return self.wrap(node, value)
+
+    def _check_inplace(self, name: str, args: Any, kwargs: Any) -> None:
+        """Where the example is really run, nothing may write into the model's own tensors."""
+        if not self.real:
+            return
+        written = [kwargs.get("out")]
+        if args and (_writes(name) or kwargs.get("inplace")):
+            written.append(args[0])
+        for proxy in pytree.tree_leaves(written):
+            if type(proxy) is TensorProxy and _storage(proxy.value) in self._storages:
+                raise self.refuse("change a parameter or buffer in place, which depends on data elsewhere")
 
     def call_torch(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Record what reached ``__torch_function__``: a function, a method, or a property of tensors."""
@@ -234,7 +276,7 @@ class GuidedTracer:
 
     def size(self, tensor: TensorProxy, dim: int) -> Any:
         """Return one size of a tensor as an integer of the graph."""
-        key = ("size", tensor.node, dim)
+        key = ("size", tensor.node, tensor._reshaped, dim)
         known = self._scalars.get(key)
         if known is None:
             node = self.node("call_method", "size", (tensor, dim))
@@ -259,6 +301,16 @@ class GuidedTracer:
             self.guards[tensor.node] = Guard(tensor.node, tensor.value.detach().clone(), user_source())
         return getattr(tensor.value.detach(), "numpy" if method == "__array__" else method)(*args, **kwargs)
 
+    def check_assignment(self, module: nn.Module, name: str, value: Any) -> None:
+        """Refuse that forward replaces a parameter, a child, or a buffer that it has read: state between calls."""
+        if not any(name in store for store in (module._parameters, module._buffers, module._modules)):
+            return
+        path = f"{self.paths[id(module)]}.{name}".lstrip(".")
+        read = [node for node in self.graph.nodes if node.op == "get_attr" and node.target == path]
+        if name in module._buffers and (not read or _written_into(value, read)):
+            return
+        raise self.refuse(f"replace {path!r}")
+
     def refuse(self, what: str) -> CaptureError:
         """Return the error for something that a graph cannot hold."""
         return CaptureError(
@@ -275,7 +327,8 @@ class GuidedTracer:
             return False
         if self.leaf == "children":
             return self.paths[id(module)] not in self.expand
-        return type(module).__module__.startswith(("torch.nn.", "torch.ao.", "moefx."))
+        opaque = type(module).__module__.startswith(("torch.nn.", "torch.ao.", "moefx."))
+        return opaque and not getattr(module, "calls_back", False)
 
     def call_module(self, module: nn.Module, args: Any, kwargs: Any, call: Callable[..., Any]) -> Any:
         """Record a module call: one node for a leaf, the nodes inside it otherwise."""
@@ -316,6 +369,25 @@ class GuidedTracer:
 
     def _buffer(self, buffer: torch.Tensor) -> torch.Tensor:
         return buffer.clone() if self.real else self.example(buffer)
+
+
+def _changes_in_place(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _written_into(value: Any, tensors: list[Node]) -> bool:
+    """Tell whether ``value`` is what an in-place operation on one of ``tensors`` returned."""
+    if type(value) is not TensorProxy or not value.node.args or value.node.args[0] not in tensors:
+        return False
+    return _writes(getattr(value.node.target, "__name__", str(value.node.target)))
+
+
+def _writes(name: str) -> bool:
+    return name in _INPLACE_OPERATORS or _changes_in_place(name)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _is_proxy(leaf: Any) -> bool:

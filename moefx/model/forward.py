@@ -143,7 +143,7 @@ def _output(graph: Graph, leaves: list[Any]) -> Any:
         return tree
     raise CaptureError(
         f"rewrite {type(graph.root).__name__}",
-        found=f"its forward returns a {type(tree).__name__}",
+        found=f"its forward returns a {getattr(tree, 'cls', type(tree)).__name__}",
         do="skip this site",
     )
 
