@@ -20,7 +20,7 @@ from moefx.model.planner import make_plan
 from moefx.model.realise import Realised, realise
 from moefx.model.report import Report
 from moefx.model.select import Patterns
-from moefx.model.verify import TOLERANCE, check_blocks, check_sites, check_weights, compare_models, run
+from moefx.model.verify import TOLERANCE, check_blocks, check_finite, check_sites, check_weights, compare_models, run
 from moefx.passes.rewrite.base import Pass
 
 
@@ -100,6 +100,7 @@ def transform_model(
     whole = verify and not meta
     with clock.stage("verify"):
         before = run(model, *call) if whole else []
+        check_finite(model, before)
     with clock.stage("rewrite"):
         changes, built = realise(model, plan)
     with clock.stage("verify"):

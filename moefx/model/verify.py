@@ -153,6 +153,20 @@ def run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list
     return [x for x in pytree.tree_leaves(output) if isinstance(x, torch.Tensor) and x.is_floating_point()]
 
 
+def check_finite(model: nn.Module, outputs: Sequence[torch.Tensor]) -> None:
+    """Refuse a dense model whose own output is not finite: nothing could be compared with it.
+
+    Raises:
+        VerifyError: an output holds NaN or infinity.
+    """
+    if not all(bool(torch.isfinite(output).all()) for output in outputs):
+        raise VerifyError(
+            f"transform {type(model).__name__}",
+            found="NaN or infinity in the dense model's own output on these inputs",
+            do="load sound weights, or pass other inputs; verify=False skips the comparison",
+        )
+
+
 def compare_models(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
     """Return the largest relative error over the outputs."""
     return max((relative_error(a, b) for a, b in zip(after, before, strict=True)), default=0.0)

@@ -48,6 +48,9 @@ class TokenRouter(KeepFloat32):
         device: as for any module.
     """
 
+    # It runs the block that it is given, so a trace must go through it.
+    calls_back = True
+
     def __init__(
         self,
         dim: int,
