@@ -16,6 +16,7 @@ from moefx.model.transform import Clock, check_model, plan_model, transform_mode
 from moefx.passes.analysis import Site, analyse
 from moefx.passes.analysis.site import Miss
 from moefx.passes.rewrite import Pass, get_pass
+from moefx.passes.rewrite.order import in_order
 from moefx.recipes import build_passes, get_recipe
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -120,7 +121,7 @@ def _rules(recipe: str, passes: Passes, options: dict[str, Any]) -> list[Pass]:
     if passes is None:
         if not isinstance(recipe, str):
             raise OptionError("choose a recipe", found=f"{type(recipe).__name__}", do="pass its name")
-        return build_passes(get_recipe(recipe).passes, options)
+        return in_order(build_passes(get_recipe(recipe).passes, options))
     if isinstance(passes, str) or not passes:
         raise OptionError("choose passes", found=repr(passes), do="pass a non-empty list of names or Pass objects")
     named: dict[str, dict[str, Any]] = {}
@@ -129,7 +130,7 @@ def _rules(recipe: str, passes: Passes, options: dict[str, Any]) -> list[Pass]:
             named[get_pass(item).name] = {}
         elif not isinstance(item, Pass):
             raise OptionError("choose passes", found=f"{type(item).__name__}", do="pass names or Pass objects")
-    return [*build_passes(named, options), *(p for p in passes if isinstance(p, Pass))]
+    return in_order([*build_passes(named, options), *(p for p in passes if isinstance(p, Pass))])
 
 
 def _seed(seed: int) -> int:
