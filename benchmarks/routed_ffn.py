@@ -3,7 +3,7 @@
 Every variant computes the same routed FFN, ``combine(act(x W1_e^T) W2_e^T)``, from the same expert ids and weights; the
 sorting that a variant needs is inside its time. ``dense`` is the yardstick: one ordinary FFN over ``T*k`` rows, which
 has the FLOPs of the routed one and nothing to route. All variants run interleaved in one process, after each has been
-checked against a float64 loop; the order rotates from round to round. The FLOP floor is the work divided by the best
+checked against a float64 loop; each round has its own order. The FLOP floor is the work divided by the best
 rate that one plain matrix product of the same dtype reaches here.
 
 Shapes: ``T`` tokens, ``K`` slots, ``R = T*K`` rows, ``E`` experts, ``D`` model and ``F`` expert width.
@@ -15,10 +15,12 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -67,8 +69,7 @@ def make_case(tokens: int, width: int, hidden: int, experts: int, slots: int, dt
     return Case(x_TD, experts_TK, gates_TK, w1 * width**-0.5, w2 * hidden**-0.5).to(dtype)
 
 
-def act(hidden: Tensor) -> Tensor:
-    return F.gelu(hidden, approximate="tanh")
+act = partial(F.gelu, approximate="tanh")
 
 
 def moefx(case: Case) -> Tensor:
@@ -187,9 +188,9 @@ def measure(case: Case, backward: bool, rounds: int, clock: Callable[[], float])
     grad_TD = torch.randn_like(case.x) if backward else None
     names = list(VARIANTS)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    shuffle = random.Random(0)
     for turn in range(rounds + 1):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in shuffle.sample(names, len(names)):
             start = clock()
             run(VARIANTS[name], case, grad_TD)
             if turn:

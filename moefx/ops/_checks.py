@@ -53,3 +53,15 @@ def no_double_backward(op: str) -> NoReturn:
         found="a backward pass through its gradient (create_graph=True)",
         do="differentiate once, or write the penalty with dense layers",
     )
+
+
+def grouped_mm_takes(tensor: Tensor) -> bool:
+    """Say whether ``F.grouped_mm`` takes this operand.
+
+    It wants one of the last two strides to be 1, and all the others and the start to be multiples of 16 bytes.
+    """
+    wide = 16 // tensor.element_size()
+    strides = tensor.stride()
+    unit = tensor.dim() - 1 if strides[-1] == 1 else tensor.dim() - 2
+    others = all(stride % wide == 0 for dim, stride in enumerate(strides) if dim != unit)
+    return strides[unit] == 1 and others and tensor.data_ptr() % 16 == 0 and tensor.numel() > 0

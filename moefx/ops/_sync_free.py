@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moefx.ops._checks import grouped_mm_takes
+
 TILE = 128
 
 
@@ -59,25 +61,25 @@ def groups_of_outer_products(a_RA: Tensor, b_RB: Tensor, offsets: Tensor) -> Ten
     return out_EAB.to(a_RA.dtype)
 
 
+def group_sums(a_RA: Tensor, offsets: Tensor) -> Tensor:
+    """Return the sum of the rows of each group, ``[E, A]``, accumulated in at least float32."""
+    groups = offsets.shape[0] - 1
+    group_R1 = group_of_row(offsets, a_RA.shape[0]).unsqueeze(1)
+    membership_RE = (group_R1 == torch.arange(groups, device=a_RA.device)).to(a_RA.dtype)
+    # Zeros of the membership do not stop a non-finite value of a row that belongs to no group.
+    return membership_RE.t() @ a_RA.masked_fill(group_R1 == groups, 0)
+
+
 def _grouped_mm_is_legal(left: Tensor, right: Tensor) -> bool:
     if left.dtype != torch.bfloat16 or not _has_grouped_kernel(left.device):
         return False
-    return all(_aligned(tensor) for tensor in (left, right))
+    return all(grouped_mm_takes(tensor) for tensor in (left, right))
 
 
 def _has_grouped_kernel(device: torch.device) -> bool:
     return (
         device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)
     )
-
-
-def _aligned(tensor: Tensor) -> bool:
-    """Say whether one of the last two strides is 1 and all the others, and the start, are multiples of 16 bytes."""
-    wide = 16 // tensor.element_size()
-    strides = tensor.stride()
-    unit = tensor.dim() - 1 if strides[-1] == 1 else tensor.dim() - 2
-    others = all(stride % wide == 0 for dim, stride in enumerate(strides) if dim != unit)
-    return strides[unit] == 1 and others and tensor.data_ptr() % 16 == 0 and tensor.numel() > 0
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from moefx.ops._checks import differ, no_double_backward, one_device, refuse
-from moefx.ops._memory import empty
 from moefx.ops._slots import chunks, inverse, sum_slots
 
 
@@ -65,7 +64,7 @@ def _combine_backward(
     wide = torch.promote_types(grad_TD.dtype, torch.float32)
     slots = weights_TK.shape[1]
     weight_R = weights_TK.reshape(-1).to(wide).index_select(0, order_R)
-    rows_grad_RD = empty(grad_TD, order_R.shape[0], grad_TD.shape[1])
+    rows_grad_RD = grad_TD.new_empty((order_R.shape[0], grad_TD.shape[1]))
     dot_R = torch.zeros_like(weight_R)
     for part in chunks(order_R.shape[0], order_R.device):
         picked_RD = grad_TD.index_select(0, order_R[part] // slots).to(wide)

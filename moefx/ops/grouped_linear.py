@@ -5,18 +5,15 @@ Shapes: ``T`` tokens, ``R`` routed rows (``T*k`` with an order), ``E`` experts, 
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from moefx.ops import _cpu, _sync_free
 from moefx.ops._checks import differ, no_double_backward, one_device, refuse
-from moefx.ops._gemm import matmul_into
-from moefx.ops._memory import empty
 from moefx.ops._slots import inverse, sum_slots
-from moefx.ops._sync_free import group_of_row, groups_of_outer_products, rows_times_groups
 
 
 def grouped_linear(
@@ -63,11 +60,11 @@ def grouped_linear_op(
     """Multiply on any device without waiting for it."""
     _check(x, weight_ENI, bias_EN, order_R, offsets, k)
     x_RI = x if order_R is None else x.index_select(0, order_R // k)
-    rows_RN = rows_times_groups(x_RI, weight_ENI.transpose(1, 2), offsets)
+    rows_RN = _sync_free.rows_times_groups(x_RI, weight_ENI.transpose(1, 2), offsets)
     if bias_EN is None:
         return rows_RN
     padded_bias = torch.cat([bias_EN, bias_EN.new_zeros(1, bias_EN.shape[1])])
-    return rows_RN.add_(padded_bias.index_select(0, group_of_row(offsets, rows_RN.shape[0])))
+    return rows_RN.add_(padded_bias.index_select(0, _sync_free.group_of_row(offsets, rows_RN.shape[0])))
 
 
 @grouped_linear_op.register_kernel("cpu")
@@ -75,15 +72,7 @@ def _grouped_linear_cpu(
     x: Tensor, weight_ENI: Tensor, bias_EN: Tensor | None, order_R: Tensor | None, offsets: Tensor, k: int
 ) -> Tensor:
     _check(x, weight_ENI, bias_EN, order_R, offsets, k)
-    token_R = None if order_R is None else order_R // k
-    bounds = offsets.tolist()
-    rows_RN = empty(x, x.shape[0] if order_R is None else order_R.shape[0], weight_ENI.shape[1])
-    for expert, (start, stop) in enumerate(pairwise(bounds)):
-        if start < stop:
-            bias_N = None if bias_EN is None else bias_EN[expert]
-            matmul_into(rows_RN[start:stop], _pick(x, token_R, start, stop), weight_ENI[expert].t(), bias_N)
-    rows_RN[bounds[-1] :].zero_()
-    return rows_RN
+    return _cpu.rows_times_groups(x, order_R, k, weight_ENI.mT, bias_EN, offsets)
 
 
 @grouped_linear_op.register_fake
@@ -101,17 +90,12 @@ def _grouped_linear_fake(
 )
 def _input_grad(grad_RN: Tensor, weight_ENI: Tensor, order_R: Tensor | None, offsets: Tensor, k: int) -> Tensor:
     """Return the gradient of ``x``: of sorted rows, or with an order of tokens, summed over their slots."""
-    return _sum_over_slots(rows_times_groups(grad_RN.contiguous(), weight_ENI, offsets), order_R, k)
+    return _sum_over_slots(_sync_free.rows_times_groups(grad_RN.contiguous(), weight_ENI, offsets), order_R, k)
 
 
 @_input_grad.register_kernel("cpu")
 def _input_grad_cpu(grad_RN: Tensor, weight_ENI: Tensor, order_R: Tensor | None, offsets: Tensor, k: int) -> Tensor:
-    bounds = offsets.tolist()
-    rows_RI = empty(grad_RN, grad_RN.shape[0], weight_ENI.shape[2])
-    for expert, (start, stop) in enumerate(pairwise(bounds)):
-        if start < stop:
-            matmul_into(rows_RI[start:stop], grad_RN[start:stop], weight_ENI[expert])
-    rows_RI[bounds[-1] :].zero_()
+    rows_RI = _cpu.rows_times_groups(grad_RN, None, 1, weight_ENI, None, offsets)
     return _sum_over_slots(rows_RI, order_R, k)
 
 
@@ -129,20 +113,12 @@ def _input_grad_fake(grad_RN: Tensor, weight_ENI: Tensor, order_R: Tensor | None
 def _weight_grad(grad_RN: Tensor, x: Tensor, order_R: Tensor | None, offsets: Tensor, k: int) -> Tensor:
     """Return the gradient of the stacked weight, ``[E, N, I]``; zeros for an expert without rows."""
     x_RI = x if order_R is None else x.index_select(0, order_R // k)
-    return groups_of_outer_products(grad_RN.contiguous(), x_RI, offsets)
+    return _sync_free.groups_of_outer_products(grad_RN.contiguous(), x_RI, offsets)
 
 
 @_weight_grad.register_kernel("cpu")
 def _weight_grad_cpu(grad_RN: Tensor, x: Tensor, order_R: Tensor | None, offsets: Tensor, k: int) -> Tensor:
-    token_R = None if order_R is None else order_R // k
-    bounds = offsets.tolist()
-    weight_grad_ENI = empty(grad_RN, len(bounds) - 1, grad_RN.shape[1], x.shape[1])
-    for expert, (start, stop) in enumerate(pairwise(bounds)):
-        if start < stop:
-            matmul_into(weight_grad_ENI[expert], grad_RN[start:stop].t(), _pick(x, token_R, start, stop))
-        else:
-            weight_grad_ENI[expert].zero_()
-    return weight_grad_ENI
+    return _cpu.groups_of_outer_products(grad_RN, x, order_R, k, offsets)
 
 
 @_weight_grad.register_fake
@@ -155,20 +131,12 @@ def _weight_grad_fake(grad_RN: Tensor, x: Tensor, order_R: Tensor | None, offset
 )
 def _bias_grad(grad_RN: Tensor, offsets: Tensor) -> Tensor:
     """Return the gradient of the stacked bias, ``[E, N]``, accumulated in at least float32."""
-    experts = offsets.shape[0] - 1
-    group_R1 = group_of_row(offsets, grad_RN.shape[0]).unsqueeze(1)
-    membership_RE = (group_R1 == torch.arange(experts, device=grad_RN.device)).to(grad_RN.dtype)
-    # Zeros of the membership do not stop a non-finite gradient of a row that belongs to no expert.
-    return membership_RE.t() @ grad_RN.masked_fill(group_R1 == experts, 0)
+    return _sync_free.group_sums(grad_RN, offsets)
 
 
 @_bias_grad.register_kernel("cpu")
 def _bias_grad_cpu(grad_RN: Tensor, offsets: Tensor) -> Tensor:
-    bounds = offsets.tolist()
-    bias_grad_EN = grad_RN.new_empty((len(bounds) - 1, grad_RN.shape[1]))
-    for expert, (start, stop) in enumerate(pairwise(bounds)):
-        torch.sum(grad_RN[start:stop], dim=0, out=bias_grad_EN[expert])
-    return bias_grad_EN
+    return _cpu.group_sums(grad_RN, offsets)
 
 
 @_bias_grad.register_fake
@@ -194,11 +162,6 @@ def _register_autocast(device_type: str, key: str) -> None:
 
 for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA"), ("xpu", "AutocastXPU")):
     _register_autocast(_device_type, _key)
-
-
-def _pick(x: Tensor, token_R: Tensor | None, start: int, stop: int) -> Tensor:
-    """Return the input rows of one expert: few enough to stay in cache, unlike a gather of all rows."""
-    return x[start:stop] if token_R is None else x.index_select(0, token_R[start:stop])
 
 
 def _sum_over_slots(rows: Tensor, order_R: Tensor | None, k: int) -> Tensor:
