@@ -69,7 +69,7 @@ def routed(model: Any) -> Any:
     if type(model).__name__ == DIT:
         return moefx.transform(model, experts=4, noise=0.05, max_error=10.0)
     # FluxPipeline passes an empty dict where the model's own default is None.
-    inputs = inputs_of(model) | {"joint_attention_kwargs": {}}
+    inputs = inputs_of(model)
     return moefx.transform(model, inputs, experts=4, noise=0.05, max_error=10.0)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import linecache
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -36,6 +36,12 @@ def expect(value: Any, captured: Any, name: str) -> None:
     )
 
 
+def expect_nothing(value: Any, name: str) -> None:
+    """Raise :class:`GuardError` unless ``value`` is None or an empty dict, which are the same to this module."""
+    if value is not None and not (isinstance(value, dict) and not value):
+        expect(value, None, name)
+
+
 def expect_tensor(value: Any, ndim: int, name: str) -> None:
     """Raise :class:`GuardError` unless ``value`` is a tensor with as many dimensions as captured."""
     if isinstance(value, torch.Tensor) and value.ndim == ndim:
@@ -47,14 +53,16 @@ def expect_tensor(value: Any, ndim: int, name: str) -> None:
     )
 
 
-def make_forward(graph: Graph) -> Forward:
+def make_forward(graph: Graph, empty: Collection[str] = ()) -> Forward:
     """Return a forward method for the module ``graph`` was captured from.
+
+    Arguments named in ``empty`` may be None or an empty dict, whichever the capture saw.
 
     Raises:
         CaptureError: the graph holds something that plain Python source cannot express.
     """
     _check_expressible(graph)
-    fx = _with_signature(graph)
+    fx = _with_signature(graph, empty)
     code = fx.python_code(root_module="self")
     key = (code.src, tuple(sorted((name, id(value)) for name, value in code.globals.items())))
     if key not in _compiled:
@@ -80,7 +88,7 @@ def _check_expressible(graph: Graph) -> None:
         raise CaptureError(f"rewrite {owner}", found=note, do="skip this site")
 
 
-def _with_signature(graph: Graph) -> FxGraph:
+def _with_signature(graph: Graph, empty: Collection[str]) -> FxGraph:
     """Copy the graph under the original signature, with checks of everything the capture fixed."""
     spec = graph.call_spec
     assert spec is not None
@@ -90,6 +98,9 @@ def _with_signature(graph: Graph) -> FxGraph:
     parameters = list(spec.signature.parameters.values())
     holders = {p.name: _placeholder(new, p) for p in parameters}
     for parameter in parameters:
+        if parameter.name in empty:
+            new.call_function(expect_nothing, (holders[parameter.name], parameter.name))
+            continue
         _unpack(new, env, holders[parameter.name], bound.get(parameter.name), parameter.name)
     guards = {guard.node: guard for guard in graph.guards}
     for node in graph.fx.nodes:

@@ -51,9 +51,9 @@ def decode(value: Any, mode: FakeTensorMode, device: torch.device) -> Any:
         return value
     if "tensor" in value:
         with mode:
-            return torch.empty(value["tensor"], dtype=getattr(torch, value["dtype"]), device=device)
+            return torch.empty(value["tensor"], dtype=_dtype(value["dtype"]), device=device)
     if "torch.dtype" in value:
-        return getattr(torch, value["torch.dtype"])
+        return _dtype(value["torch.dtype"])
     if "torch.device" in value:
         return device
     if "dict" in value:
@@ -61,6 +61,13 @@ def decode(value: Any, mode: FakeTensorMode, device: torch.device) -> Any:
     kind, items = ("list", value["list"]) if "list" in value else ("tuple", value["tuple"])
     decoded = [decode(item, mode, device) for item in items]
     return decoded if kind == "list" else tuple(decoded)
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise PlanError("read the inputs of a plan", found=f"a dtype called {name!r}", do="plan the model again")
+    return found
 
 
 def call_inputs(call: ModuleCall) -> JSON:
@@ -93,6 +100,33 @@ def local_graph(
             do="skip this site, or move the dropout into an nn.Dropout module",
         )
     return graph
+
+
+def empty_dicts(module: nn.Module, inputs: JSON, graph: Graph, expand: Collection[str] = ()) -> frozenset[str]:
+    """Return the optional dict arguments for which ``None`` and ``{}`` give one graph: ``x or {}`` is a common idiom.
+
+    Pipelines of diffusers pass an empty dict where a model called directly gets None.
+    """
+    assert graph.call_spec is not None
+    bound = graph.call_spec.bind(*graph.call_spec.rebuild(graph.call_spec.examples))
+    parameters = graph.call_spec.signature.parameters
+    names = [n for n, p in parameters.items() if bound.get(n, 0) in (None, {}) and "dict" in str(p.annotation).lower()]
+    if not names:
+        return frozenset()
+    args, kwargs = list(inputs["args"]), dict(inputs["kwargs"])
+    for name in names:
+        index = list(parameters).index(name)
+        swapped: Any = {"dict": {}} if bound[name] is None else None
+        if index < len(args):
+            args[index] = swapped
+        else:
+            kwargs[name] = swapped
+    try:
+        alternative = _capture(module, {"args": args, "kwargs": kwargs}, "children", expand)
+    except CaptureError:
+        return frozenset()
+    same = not _difference(graph, alternative) and len(graph.guards) == len(alternative.guards)
+    return frozenset(names) if same else frozenset()
 
 
 def example_call(module: nn.Module, inputs: JSON, mode: FakeTensorMode) -> tuple[tuple[Any, ...], dict[str, Any]]:

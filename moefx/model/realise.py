@@ -20,7 +20,7 @@ from moefx.graph.splice import Splice
 from moefx.graph.verify import verify_graph
 from moefx.model.forward import has_own_forward, make_forward
 from moefx.model.install import Change
-from moefx.model.local import JSON, local_graph
+from moefx.model.local import JSON, empty_dicts, local_graph
 from moefx.model.plan import Plan, SitePlan
 from moefx.passes.analysis.local import local_sites, weight_names
 from moefx.passes.analysis.site import Site
@@ -119,6 +119,7 @@ def _rewrite_block(
     assert inputs is not None
     expand = {path for plan in plans for path in plan.expand}
     graph = local_graph(module, inputs, "children", expand)
+    empty = empty_dicts(module, inputs, graph, expand)
     before, read = _targets(graph, "call_module"), _targets(graph, "get_attr")
     children: dict[str, nn.Module | None] = {}
     wraps: list[Callable[[Forward], Forward]] = []
@@ -141,7 +142,7 @@ def _rewrite_block(
     unused = tuple(sorted(t for t in read - _targets(graph, "get_attr") if t in parameters))
     with future_children(module, children):
         verify_graph(graph, f"rewriting {path!r}")
-    forward = make_forward(graph) if len(wraps) < len(plans) else type(module).forward
+    forward = make_forward(graph, empty) if len(wraps) < len(plans) else type(module).forward
     for wrap in wraps:
         forward = wrap(forward)
     return Change(path, children, forward, unused), made
