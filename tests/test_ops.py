@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moefx.errors import InputError, MoefxError
-from moefx.ops import combine, group, grouped_linear
+from moefx.ops import _cpu, combine, group, grouped_linear
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # One product and one sum, relative to the largest output (specs: 1e-12, 1e-6, 2e-2, 3e-3).
@@ -323,3 +323,46 @@ def test_bad_arguments_are_refused_with_what_was_found(call: object, match: str)
         call()  # type: ignore[operator]
     assert "found:" in str(caught.value)
     assert "do:" in str(caught.value)
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "through float32"])
+@pytest.mark.parametrize("small", [0, 2**20], ids=["loop", "one call"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_form_of_the_cpu_product(
+    dtype: torch.dtype, small: int, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_cpu, "_SMALL_ELEMENTS", small)
+    monkeypatch.setattr(_cpu, "_native", lambda _: native)
+    chosen = ids(50, 2, 4)
+    order, offsets = group(chosen, 4)
+    leaves = [draw(50, 16, dtype=dtype), draw(4, 24, 16, dtype=dtype, seed=1)]
+    exact = [t.double().requires_grad_() for t in leaves]
+    found = grouped_linear(*(t.requires_grad_() for t in leaves), None, order, offsets, 2)
+    expected = loop_grouped_linear(exact[0], exact[1], None, order, chosen)
+    close(found, expected, TOLERANCE[dtype])
+    seeds = draw(100, 24, dtype=dtype, seed=2)
+    for grad, expected_grad in zip(
+        torch.autograd.grad(found, leaves, seeds),
+        torch.autograd.grad(expected, exact, seeds.double()),
+        strict=True,
+    ):
+        close(grad, expected_grad, TOLERANCE[dtype])
+
+
+def test_the_one_call_is_taken_for_small_aligned_products_only() -> None:
+    left, right = torch.zeros(8, 16), torch.zeros(2, 16, 24)
+    assert _cpu._is_small(8 * 24, left, right)
+    assert not _cpu._is_small(2**21, left, right)
+    assert not _cpu._is_small(8 * 24, left.double(), right.double())
+    assert not _cpu._is_small(8 * 24, left[:, 1:9], right[:, :8])
+    assert not _cpu._is_small(8 * 23, left, right[:, :, :23])
+
+
+@pytest.mark.parametrize("outputs", [23, 24])
+@pytest.mark.parametrize("inputs", [15, 16])
+def test_results_are_contiguous_as_the_fake_rules_say(inputs: int, outputs: int) -> None:
+    order, offsets = group(ids(8, 1, 2), 2)
+    x, weight = draw(8, 16, dtype=torch.float32)[:, :inputs], draw(2, outputs, 16, dtype=torch.float32)[:, :, :inputs]
+    rows = grouped_linear(x.requires_grad_(), weight.requires_grad_(), None, order, offsets)
+    grads = torch.autograd.grad(rows, (x, weight), torch.ones_like(rows))
+    assert all(t.is_contiguous() for t in (rows, *grads))

@@ -55,11 +55,17 @@ def no_double_backward(op: str) -> NoReturn:
     )
 
 
-def grouped_mm_takes(tensor: Tensor) -> bool:
-    """Say whether ``F.grouped_mm`` takes this operand.
+def grouped_mm_takes(left: Tensor, right: Tensor) -> bool:
+    """Say whether ``F.grouped_mm`` multiplies these operands and returns a contiguous result.
 
-    It wants one of the last two strides to be 1, and all the others and the start to be multiples of 16 bytes.
+    Of the last two strides one must be 1; all others and the start must be multiples of 16 bytes. So must the widths: a
+    gather makes the strides of ``left`` its width, and torch pads the rows of a result of another width, which no fake
+    rule could foresee.
     """
+    return all(tensor.shape[-1] * tensor.element_size() % 16 == 0 and _aligned(tensor) for tensor in (left, right))
+
+
+def _aligned(tensor: Tensor) -> bool:
     wide = 16 // tensor.element_size()
     strides = tensor.stride()
     unit = tensor.dim() - 1 if strides[-1] == 1 else tensor.dim() - 2

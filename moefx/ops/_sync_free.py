@@ -71,9 +71,7 @@ def group_sums(a_RA: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _grouped_mm_is_legal(left: Tensor, right: Tensor) -> bool:
-    if left.dtype != torch.bfloat16 or not _has_grouped_kernel(left.device):
-        return False
-    return all(grouped_mm_takes(tensor) for tensor in (left, right))
+    return left.dtype == torch.bfloat16 and _has_grouped_kernel(left.device) and grouped_mm_takes(left, right)
 
 
 def _has_grouped_kernel(device: torch.device) -> bool:
