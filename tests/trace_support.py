@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from moefx.errors import GuardError
+
 # What some models of diffusers say when they run on a CPU and are not compiled.
 QUIET = (
     "ignore:In CPU autocast:UserWarning",
@@ -56,6 +58,14 @@ def call(model: Any, inputs: Any, *, grad: bool = False) -> Any:
     torch.manual_seed(0)
     with torch.set_grad_enabled(grad):
         return model(*args, **kwargs)
+
+
+def attempt(model: Any, inputs: Any) -> Any:
+    """Run like :func:`call`, or return the GuardError that refused to."""
+    try:
+        return call(model, inputs)
+    except GuardError as refusal:
+        return refusal
 
 
 def gradients(function: Any, model: nn.Module, inputs: Any) -> dict[str, Tensor]:
@@ -105,3 +115,31 @@ def _identity(value: Any) -> Any:
     if isinstance(value, dict):
         return [(key, id(item)) for key, item in value.items()]
     return [id(item) for item in value] if isinstance(value, list) else id(value)
+
+
+TEXT_TOKENS = 7
+
+
+def resized(inputs: dict[str, Any], rows: int, columns: int, text: int) -> dict[str, Any]:
+    """Return example inputs of a diffusers denoiser at another latent size and text length, freshly drawn."""
+    draws = torch.Generator().manual_seed(rows * 100 + columns * 10 + text)
+    made: dict[str, Any] = {}
+    for name, value in inputs.items():
+        shape = list(value.shape) if isinstance(value, Tensor) else []
+        if name in ("hidden_states", "sample"):
+            shape[1 if len(shape) == 3 else -2 :] = [rows * columns, shape[-1]] if len(shape) == 3 else [rows, columns]
+        elif name == "img_ids":
+            grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).to(value)
+            made[name] = torch.cat([torch.zeros(rows * columns, 1).to(value), grid], 1)
+            continue
+        elif name.startswith(("encoder_hidden_states", "encoder_attention_mask")):
+            shape[1] = text
+        elif name == "txt_ids":
+            shape[0] = text
+        if not shape or shape == list(value.shape):
+            made[name] = value
+        elif value.is_floating_point() and "mask" not in name:
+            made[name] = torch.randn(shape, generator=draws).to(value)
+        else:
+            made[name] = torch.ones(shape, dtype=value.dtype)
+    return made
