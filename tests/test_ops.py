@@ -90,6 +90,13 @@ def test_group_takes_more_experts_than_a_radix_key_holds() -> None:
     assert offsets[65_536] == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32], ids=str)
+def test_group_takes_narrow_ids_of_many_experts(dtype: torch.dtype) -> None:
+    order, offsets = group(torch.tensor([[3, 1], [100, 1]], dtype=dtype), 300)
+    assert order.tolist() == [1, 3, 0, 2]
+    assert offsets[[0, 1, 2, 3, 4, 300]].tolist() == [0, 0, 2, 2, 3, 4]
+
+
 @given(
     st.sampled_from(DTYPES),
     st.tuples(st.integers(0, 17), st.integers(1, 3), st.integers(1, 6), st.integers(1, 21), st.integers(1, 21)),

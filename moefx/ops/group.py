@@ -50,7 +50,7 @@ def group_op(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 @group_op.register_kernel("cpu")
 def _group_cpu(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     _check(experts_TK, num_experts)
-    key_R = experts_TK.detach().reshape(-1).numpy()
+    key_R = experts_TK.detach().to(torch.int64).reshape(-1).numpy()  # a narrower key could not hold num_experts
     key_R = np.where((key_R >= 0) & (key_R < num_experts), key_R, num_experts)
     key_R = key_R.astype(np.uint16 if num_experts <= _RADIX_KEYS else np.int64)
     order_R = np.argsort(key_R, kind="stable").astype(np.int64, copy=False)
