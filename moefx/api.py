@@ -97,6 +97,8 @@ def transform(
         PlanError: the model was transformed by the same pass before.
         VerifyError: a contract does not hold; the model is as it was.
     """
+    if not isinstance(verify, bool):
+        raise InputError("transform a model", found=f"verify = {verify!r}", do="pass True or False")
     rules = _rules(recipe, passes, options)
     name = None if passes is not None else get_recipe(recipe).name
     transform_model(model, inputs, rules, recipe=name, only=only, skip=skip, seed=_seed(seed), verify=verify)
@@ -109,6 +111,8 @@ def untransform(model: Model) -> Model:
     Raises:
         PlanError: it was not transformed, or loaded from a folder that holds no dense weights.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError("untransform a model", found=f"a {type(model).__name__}", do="pass a torch.nn.Module")
     untransform_model(model)
     return model
 
@@ -122,12 +126,14 @@ def _rules(recipe: str, passes: Passes, options: dict[str, Any]) -> list[Pass]:
         if not isinstance(recipe, str):
             raise OptionError("choose a recipe", found=f"{type(recipe).__name__}", do="pass its name")
         return in_order(build_passes(get_recipe(recipe).passes, options))
-    if isinstance(passes, str) or not passes:
+    if isinstance(passes, str) or not isinstance(passes, Sequence) or not passes:
         raise OptionError("choose passes", found=repr(passes), do="pass a non-empty list of names or Pass objects")
     named: dict[str, dict[str, Any]] = {}
     for item in passes:
         if isinstance(item, str):
-            named[get_pass(item).name] = {}
+            if get_pass(item).name in named:
+                raise OptionError("choose passes", found=f"{item!r} twice", do="name each pass once")
+            named[item] = {}
         elif not isinstance(item, Pass):
             raise OptionError("choose passes", found=f"{type(item).__name__}", do="pass names or Pass objects")
     return in_order([*build_passes(named, options), *(p for p in passes if isinstance(p, Pass))])
@@ -136,4 +142,6 @@ def _rules(recipe: str, passes: Passes, options: dict[str, Any]) -> list[Pass]:
 def _seed(seed: int) -> int:
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise InputError("seed a transform", found=f"{seed!r}", do="pass an integer")
+    if not 0 <= seed < 2**63:
+        raise InputError("seed a transform", found=f"{seed}", do="pass an integer from 0 to 2**63 - 1")
     return seed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import sys
 import threading
@@ -78,6 +79,8 @@ def patched(tracer: GuidedTracer) -> Iterator[None]:
             functions = _patch_functions(replace, active, tracer)
             _patch_user_imports(replace, functions, tracer)
             _patch_autocast(replace, active, tracer)
+            # torch logs a traceback of every operation that does not fit its inputs; the error that follows says it.
+            replace(logging.getLogger("torch._subclasses.fake_tensor"), "disabled", True)
             _RUNNING.append((owner, tracer))
             yield
         finally:

@@ -184,11 +184,15 @@ def _check_devices(model: nn.Module, spec: CallSpec) -> None:
 
 def _capture_error(model: nn.Module, error: Exception) -> MoefxError:
     """Explain an exception that the model raised during the trace, at the user's own line."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if not f.filename.startswith(HIDDEN) and not f.filename.startswith("<")]
-    where = show_source(f"{short_path(own[-1].filename)}:{own[-1].lineno}") if own else "its forward"
     return CaptureError(
         f"trace {type(model).__name__}",
-        found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} at {where}",
+        found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} at {where(error)}",
         do="check that the model runs on these inputs; what a graph cannot hold must stay out of forward",
     )
+
+
+def where(error: BaseException) -> str:
+    """Return the user's own line at which ``error`` was raised, with its text."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not f.filename.startswith(HIDDEN) and not f.filename.startswith("<")]
+    return show_source(f"{short_path(own[-1].filename)}:{own[-1].lineno}") if own else "its forward"

@@ -316,7 +316,7 @@ class GuidedTracer:
         return CaptureError(
             f"trace {type(self.root).__name__}",
             found=f"its forward tries to {what} at {show_source(user_source())}",
-            do="keep that out of forward, or exclude the module from the trace",
+            do="keep that out of forward",
         )
 
     # -- modules ------------------------------------------------------------

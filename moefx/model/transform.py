@@ -20,7 +20,7 @@ from moefx.model.planner import make_plan
 from moefx.model.realise import Realised, realise
 from moefx.model.report import Report
 from moefx.model.select import Patterns
-from moefx.model.verify import TOLERANCE, check_blocks, check_finite, check_sites, check_weights, compare_models, run
+from moefx.model.verify import TOLERANCE, check_blocks, check_sites, check_weights, compare_models, run, run_dense
 from moefx.passes.rewrite.base import Pass
 
 
@@ -99,12 +99,14 @@ def transform_model(
     call = graph.call_spec.rebuild(graph.call_spec.examples)
     whole = verify and not meta
     with clock.stage("verify"):
-        before = run(model, *call) if whole else []
-        check_finite(model, before)
+        before = run_dense(model, *call) if whole else []
     with clock.stage("rewrite"):
         changes, built = realise(model, plan)
     with clock.stage("verify"):
         checks = [*check_sites(built, seed), *check_blocks(model, changes, built, seed)] if whole else []
+    # Before anything is changed: warnings may be errors.
+    for warning in plan.warnings:
+        warnings.warn(warning, MoefxWarning, stacklevel=4)
     was = type(model)
     with clock.stage("rewrite"):
         undos = apply_changes(model, changes)
@@ -118,20 +120,18 @@ def transform_model(
                 found=f"the whole model's output changed by {error:.3g} (relative), at most {bound:.2g} was promised",
                 do="report this as a bug; the model was put back as it was",
             )
+        report = Report(
+            plan=plan,
+            checks=tuple(checks),
+            model_error=error,
+            model_bound=bound if whole else None,
+            unverified="" if whole else "the weights are on meta" if meta else "verify=False",
+            seconds=clock.seconds,
+        )
+        attach(model, Applied(report, undos, was))
     except BaseException:
         undo_changes(model, undos)
         raise
-    report = Report(
-        plan=plan,
-        checks=tuple(checks),
-        model_error=error,
-        model_bound=bound if whole else None,
-        unverified="" if whole else "the weights are on meta" if meta else "verify=False",
-        seconds=clock.seconds,
-    )
-    attach(model, Applied(report, undos, was))
-    for warning in plan.warnings:
-        warnings.warn(warning, MoefxWarning, stacklevel=4)
     return model
 
 
@@ -145,12 +145,17 @@ def _model_bound(graph: Graph, built: Sequence[Realised]) -> float:
 
 def attach(model: nn.Module, applied: Applied) -> None:
     """Give ``model`` its namespace ``model.moefx`` and, if it comes from diffusers, a class that only moefx loads."""
-    handle = handle_of(model)
-    if handle is None:
-        handle = Handle(model)
-        model.__dict__[ATTRIBUTE] = handle
+    was, handle = type(model), handle_of(model) or Handle(model)
     handle.applied.append(applied)
-    as_saved_class(model)
+    model.__dict__[ATTRIBUTE] = handle
+    try:
+        as_saved_class(model)
+    except BaseException:
+        model.__class__ = was
+        handle.applied.pop()
+        if not handle.applied:
+            del model.__dict__[ATTRIBUTE]
+        raise
 
 
 def untransform_model(model: nn.Module) -> nn.Module:

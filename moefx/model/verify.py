@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +12,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from moefx.errors import VerifyError
+from moefx.errors import InputError, MoefxError, VerifyError
 from moefx.graph import Graph
+from moefx.graph.outputs import take_apart
+from moefx.graph.patches import Snapshot
+from moefx.graph.trace import where
 from moefx.model.install import Change, changed_clone
 from moefx.model.local import JSON, example_call
 from moefx.model.realise import Realised
@@ -140,17 +144,58 @@ def _tap_values(made: Realised, x: torch.Tensor, seed: int) -> list[torch.Tensor
 
 
 def run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """Run the model in eval mode without gradients and return its floating tensors; modes and RNG are restored."""
+    """Run the model in eval mode without gradients and return its floating tensors.
+
+    Modes, random state, buffers and whatever forward writes into its modules are as before afterwards.
+    """
+    devices = {t.device.index or 0 for t in model.parameters() if t.is_cuda}
+    with _state_kept(model), torch.no_grad(), torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        model.eval()
+        leaves, _ = take_apart(model(*copy.deepcopy(args), **copy.deepcopy(kwargs)))
+    return [x for x in leaves if isinstance(x, torch.Tensor) and x.is_floating_point()]
+
+
+@contextlib.contextmanager
+def _state_kept(model: nn.Module) -> Iterator[None]:
     modes = {name: m.training for name, m in model.named_modules()}
-    model.eval()
+    snapshot = Snapshot(model)
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            output = model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+        yield
     finally:
+        snapshot.restore()
         for name, module in model.named_modules():
             module.training = modes.get(name, model.training)
-    return [x for x in pytree.tree_leaves(output) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        for buffer, saved in buffers:
+            buffer.detach().copy_(saved)
+
+
+def run_dense(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """Run the dense model on its example inputs.
+
+    Raises:
+        InputError: it cannot run on them, or returns nothing that could be compared.
+        VerifyError: its output is not finite.
+    """
+    try:
+        outputs = run(model, args, kwargs)
+    except MoefxError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"run {type(model).__name__} on its example inputs",
+            found=f"{type(error).__name__}: {str(error).partition(chr(10))[0]} at {where(error)}",
+            do="pass inputs on which the model runs; verify=False skips the comparison",
+        ) from error
+    if not sum(output.numel() for output in outputs):
+        raise InputError(
+            f"compare {type(model).__name__} with its dense original",
+            found="its output on the example inputs holds no floating point number",
+            do="pass inputs with at least one sample; verify=False skips the comparison",
+        )
+    check_finite(model, outputs)
+    return outputs
 
 
 def check_finite(model: nn.Module, outputs: Sequence[torch.Tensor]) -> None:

@@ -25,7 +25,7 @@ from moefx.passes.analysis.site import Kind, Site
 class Options(BaseModel):
     """Typed options of a pass: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
