@@ -35,8 +35,8 @@ OTHER = [
 ]
 
 
-@pytest.mark.parametrize("act", KNOWN, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("act", KNOWN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_known_function_is_exact_and_reuses_the_rows(act: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
     rows = torch.randn(7, 5, dtype=dtype)
     expected = act(rows)
@@ -46,7 +46,7 @@ def test_a_known_function_is_exact_and_reuses_the_rows(act: Callable[[Tensor], T
     assert found.data_ptr() == rows.data_ptr()
 
 
-@pytest.mark.parametrize("act", OTHER, ids=str)
+@pytest.mark.parametrize("act", OTHER)
 def test_any_other_function_is_called(act: Callable[[Tensor], Tensor]) -> None:
     rows = torch.randn(7, 5)
     with torch.no_grad():
