@@ -111,6 +111,15 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     return found
 
 
+def skeleton(model: nn.Module) -> dict[str, Any]:
+    """Identify a model by its modules, parameters and values, leaving out what its forward may cache."""
+    whole = fingerprint(model)
+    found = {"classes": whole["classes"], "values": whole["values"]}
+    for name, module in model.named_modules():
+        found[name] = _identity(module._modules), _identity(module._parameters), list(module._buffers), module.training
+    return found
+
+
 def _identity(value: Any) -> Any:
     if isinstance(value, dict):
         return [(key, id(item)) for key, item in value.items()]

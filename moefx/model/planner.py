@@ -242,6 +242,9 @@ def _block_taps(
     make_forward(local)
     if inline:
         find_site(local, path, site.kind, weight_names(site))
+    elif _parent(site.path) != path:
+        # The tap would have to pass through the forwards in between, which stay the user's own.
+        return None
     taps = []
     for name in rule.taps:
         node = choose_tap(name, facts, calls[0] if calls else None, local)

@@ -63,8 +63,8 @@ def realise(model: nn.Module, plan: Plan) -> tuple[list[Change], list[Realised]]
             built.append(made)
     blocks = sorted((s for s in plan.sites if s.tier == "block"), key=lambda s: s.block or "")
     for path, group in groupby(blocks, key=lambda s: s.block or ""):
-        change, mades = _rewrite_block(model, path, list(group), rules, plan.seed)
-        changes.append(change)
+        made_changes, mades = _rewrite_block(model, path, list(group), rules, plan.seed)
+        changes += made_changes
         built += mades
     return changes, built
 
@@ -112,7 +112,7 @@ def _replace_module(model: nn.Module, plan: SitePlan, rule: SitePass, seed: int)
 
 def _rewrite_block(
     model: nn.Module, path: str, plans: list[SitePlan], rules: dict[str, Pass], seed: int
-) -> tuple[Change, list[Realised]]:
+) -> tuple[list[Change], list[Realised]]:
     """Rewrite one module's own forward on behalf of all sites that live in it."""
     module = find_module(model, path)
     inputs = plans[0].block_inputs
@@ -137,7 +137,8 @@ def _rewrite_block(
         children |= edit.children
         wraps += [edit.wrap] if edit.wrap else []
         made.append(realised)
-    children |= dict.fromkeys(sorted(t for t in before - _targets(graph, "call_module") if "." not in t))
+    gone = sorted(before - _targets(graph, "call_module"))
+    children |= dict.fromkeys(target for target in gone if "." not in target)
     parameters = dict(module.named_parameters())
     unused = tuple(sorted(t for t in read - _targets(graph, "get_attr") if t in parameters))
     with future_children(module, children):
@@ -145,7 +146,17 @@ def _rewrite_block(
     forward = make_forward(graph, empty) if len(wraps) < len(plans) else type(module).forward
     for wrap in wraps:
         forward = wrap(forward)
-    return Change(path, children, forward, unused), made
+    return [Change(path, children, forward, unused), *_nested(path, gone)], made
+
+
+def _nested(path: str, gone: list[str]) -> list[Change]:
+    """Return the removal of modules below the children of ``path`` that its new forward calls no more."""
+    owners: dict[str, dict[str, nn.Module | None]] = {}
+    for target in gone:
+        owner, _, name = target.rpartition(".")
+        if owner:
+            owners.setdefault(owner, {})[name] = None
+    return [Change(f"{path}.{owner}".lstrip("."), children) for owner, children in owners.items()]
 
 
 def _targets(graph: Graph, op: str) -> set[str]:

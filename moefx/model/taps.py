@@ -52,7 +52,9 @@ def _classes(facts: Facts, call: ModuleCall | None, local: Graph) -> dict[Node, 
     for node in local.fx.nodes:
         if node.op == "placeholder":
             source = next(outer)
-            found[node] = facts.context.classes.of(source) if isinstance(source, Node) else frozenset()
+            # Arguments that nothing reads were pruned from the whole model's graph.
+            known = isinstance(source, Node) and not source._erased
+            found[node] = facts.context.classes.of(source) if known else frozenset()
         elif node.op == "call_method" and node.target == "size":
             found[node] = frozenset()
         elif node.op != "output":

@@ -20,7 +20,16 @@ from moefx.model.planner import make_plan
 from moefx.model.realise import Realised, realise
 from moefx.model.report import Report
 from moefx.model.select import Patterns
-from moefx.model.verify import TOLERANCE, check_blocks, check_sites, check_weights, compare_models, run, run_dense
+from moefx.model.verify import (
+    TOLERANCE,
+    check_blocks,
+    check_sites,
+    check_weights,
+    compare_models,
+    rounding,
+    run,
+    run_dense,
+)
 from moefx.passes.rewrite.base import Pass
 
 
@@ -140,7 +149,7 @@ def _model_bound(graph: Graph, built: Sequence[Realised]) -> float:
     if any(made.rule.contract().kind != "exact" for made in built):
         return float("inf")
     dtypes = [p.dtype for p in graph.root.parameters() if p.dtype in TOLERANCE]
-    return max((TOLERANCE[d] for d in dtypes), default=1e-5) * max(1, len(built))
+    return max((rounding(graph, d) for d in dtypes), default=1e-5) * max(1, len(built))
 
 
 def attach(model: nn.Module, applied: Applied) -> None:
