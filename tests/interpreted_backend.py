@@ -10,6 +10,7 @@ import torch
 from moefx.codegen import runtime
 from moefx.routing import Experts, LinearRouter, activation, random_weights
 from moefx.routing import RoutedFFN as BuildingBlock
+from tests.inductor import linkable
 from tests.routed_toy import RoutedFFN
 
 
@@ -47,6 +48,7 @@ def test_gated_routing_module_runs_the_emitted_kernels(caplog: pytest.LogCapture
     assert "gather_gated_linear_24x40" in caplog.text
 
 
+@linkable
 def test_training_keeps_the_dialect_ops(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     model = RoutedFFN()

@@ -11,6 +11,7 @@ from torch import nn
 
 import moefx.backend
 from moefx.errors import OptionError
+from tests.inductor import linkable
 from tests.routed_toy import RoutedFFN
 
 
@@ -34,6 +35,7 @@ def test_backend_is_found_by_name_without_an_import() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@linkable
 def test_forward_and_gradients_equal_eager_at_several_batch_sizes() -> None:
     model = RoutedFFN()
     compiled = torch.compile(model, backend="moefx", fullgraph=True, dynamic=True)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
+from inductor import linkable
 from save_support import (
     DIT,
     FLUX,
@@ -214,6 +215,7 @@ def _fresh_dynamo() -> Any:
 @pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_dynamo")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@linkable
 def test_inductor_forward_and_backward_in_one_graph() -> None:
     model = routed_plain(depth=1)
     (x,) = plain_inputs()

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moefx.errors import InputError
 from moefx.ops import combine, group, grouped_linear
+from tests.inductor import linkable
 
 EXPERTS, WIDTH, HIDDEN, SLOTS = 4, 9, 15, 2
 NAMES = {"moefx::group", "moefx::grouped_linear", "moefx::combine"}
@@ -104,7 +105,7 @@ def test_export_with_a_dynamic_number_of_tokens() -> None:
         torch.testing.assert_close(program.module()(x), model(x))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=linkable)])
 def test_compile_takes_every_number_of_tokens_in_one_graph(backend: str) -> None:
     torch._dynamo.reset()
     model = RoutedFFN()
