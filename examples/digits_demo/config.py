@@ -14,7 +14,11 @@ import torch
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The dense denoiser."""
+    """The dense denoiser.
+
+    Width 32 on purpose. At width 64, eight arrangements of experts and schedules ended between 0.5 % below and 0.7 %
+    above the dense validation loss: 1437 images do not need more than the dense network there.
+    """
 
     image_size: int = 8
     patch: int = 2

@@ -127,11 +127,12 @@ def _price(facts: Facts) -> str:
     steps = facts["config"]["finetune"]["steps"]
     step_ms = {name: 1000 * facts["curves"][name]["seconds"] / steps for name in ("dense", "routed")}
     return (
-        f"The routed model's matrix products are {percent(more)}, all of it the routers; it holds "
+        f"FLOPs of the routed model against the dense one: {percent(more)}, all of it the routers; it holds "
         f"{routed['parameters'] / dense['parameters']:.1f} times the parameters. A training step took "
         f"{step_ms['dense']:.0f} ms dense and {step_ms['routed']:.0f} ms routed on this CPU: equal FLOPs are not equal "
-        "time at this size. One training seed; the standard error is over images only, so expect another seed to move "
-        "the gap by more than that."
+        "time at this size. One training seed; the standard error is over images only and leaves out what another seed "
+        "would change. The dense model is deliberately so small that its capacity limits it; with room to spare, extra "
+        "experts gain little or nothing on so few images (`ModelConfig` in `examples/digits_demo/config.py`)."
     )
 
 
