@@ -26,6 +26,15 @@ def _tensor(site: Site, name: str, graph: Graph) -> torch.Tensor | None:
     return operand.tensor(graph).detach() if isinstance(operand, Weight) else None
 
 
+def unshare(module: nn.Module, dense: nn.Module) -> nn.Module:
+    """Copy the parameters of ``module`` that still lie in those of ``dense``: training must not reach the latter."""
+    taken = {p.untyped_storage().data_ptr() for p in dense.parameters() if not p.is_meta}
+    for parameter in module.parameters():
+        if not parameter.is_meta and parameter.untyped_storage().data_ptr() in taken:
+            parameter.data = parameter.data.clone()
+    return module
+
+
 class GatedActivation(nn.Module):
     """What a gated FFN does between its projections: ``act(gate) * up``, or the general ``act(gate, up)``."""
 

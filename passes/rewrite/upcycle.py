@@ -17,7 +17,7 @@ from torch import nn
 from moefx.passes.analysis.site import Kind, Site
 from moefx.passes.rewrite.base import Context, Contract, Costs, Edit, Options, SitePass, register_pass
 from moefx.passes.rewrite.cut import cannot_cut, extract, mixes_tokens, splice_ffn
-from moefx.passes.rewrite.dense import dense_weights, ffn_counts, ffn_sizes, hidden_function
+from moefx.passes.rewrite.dense import dense_weights, ffn_counts, ffn_sizes, hidden_function, unshare
 from moefx.routing.experts import DenseFFN, Experts
 from moefx.routing.initialise import (
     add_noise,
@@ -187,7 +187,7 @@ class Upcycle(SitePass):
 
     def edit(self, context: Context) -> Edit:
         """Build the routed FFN from the dense weights, and wire it in where it is not a module of its own."""
-        routed = self.build(context)
+        routed = unshare(self.build(context), context.graph.root)
         if context.whole:
             return Edit(routed=routed)
         return Edit(routed=routed, children=splice_ffn(context, self.name, routed))
