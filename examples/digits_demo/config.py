@@ -16,8 +16,8 @@ import torch
 class ModelConfig:
     """The dense denoiser.
 
-    Width 32 on purpose. At width 64, eight arrangements of experts and schedules ended between 0.5 % below and 0.7 %
-    above the dense validation loss: 1437 images do not need more than the dense network there.
+    Width 32 on purpose. At width 64, thirteen runs with several expert layouts and schedules ended between 0.3 %
+    below and 0.7 % above the dense validation loss: 1437 images do not need more than the dense network there.
     """
 
     image_size: int = 8
