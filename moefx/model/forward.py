@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from moefx.errors import CaptureError, GuardError
 from moefx.graph import Graph
+from moefx.graph.guards import describe_node
 
 Forward = Callable[..., Any]
 _compiled: dict[Any, Forward] = {}
@@ -30,7 +31,7 @@ def expect(value: Any, captured: Any, name: str) -> None:
     if value is captured or (value.__class__ is captured.__class__ and value == captured):
         return
     raise GuardError(
-        f"call a rewritten module with {name} = {type(value).__name__}",
+        f"call a rewritten module with {name} = {_short(value)}",
         found=f"it was captured with {name} = {captured!r}",
         do="transform the model again with example inputs that pass this argument",
     )
@@ -40,6 +41,12 @@ def expect_nothing(value: Any, name: str) -> None:
     """Raise :class:`GuardError` unless ``value`` is None or an empty dict, which are the same to this module."""
     if value is not None and not (isinstance(value, dict) and not value):
         expect(value, None, name)
+
+
+def _short(value: Any) -> str:
+    return (
+        repr(value) if isinstance(value, bool | int | float | str | tuple | type(None)) else f"a {type(value).__name__}"
+    )
 
 
 def expect_tensor(value: Any, ndim: int, name: str) -> None:
@@ -112,7 +119,7 @@ def _with_signature(graph: Graph, empty: Collection[str]) -> FxGraph:
         else:
             copied = env[node] = new.node_copy(node, lambda n: env[n])
         if node in guards:
-            new.call_function(expect, (copied, guards[node].expected, guards[node].describe()))
+            new.call_function(expect, (copied, guards[node].expected, describe_node(node)))
     new.lint()
     return new
 
