@@ -52,7 +52,7 @@ TIMESTEP_WIDTH = 256
 class UpcycleOptions(Options):
     """Options of :class:`Upcycle`."""
 
-    experts: int = Field(8, ge=1, description="number of routed experts E")
+    experts: int = Field(8, ge=1, le=65536, description="number of routed experts E")
     top_k: int = Field(2, ge=1, description="experts per token K")
     granularity: int = Field(1, ge=1, description="shards G per copy; experts of width F/G in tied groups of G")
     shared: int = Field(0, ge=0, description="full copies of the dense FFN that every token passes")
