@@ -1,16 +1,17 @@
-"""Recipes: published systems as lists of passes, one file each."""
+"""Recipes: published systems as lists of passes, one file each.
 
-from moefx.recipes import (
-    drop_upcycling,
-    mixture_of_depths,
-    mixture_of_heads,
-    sparse_upcycling,
-    timestep_upcycling,
-    virtual_groups,
-)
-from moefx.recipes.base import Recipe, build_passes, get_recipe, recipes, register_recipe
+Every module of this folder registers its recipe when it is imported. Other packages add theirs through the entry-point
+group ``moefx.recipes``: each entry names a module to import.
+"""
 
-# Importing these modules registers their recipes.
-_MODULES = (drop_upcycling, mixture_of_depths, mixture_of_heads, sparse_upcycling, timestep_upcycling, virtual_groups)
+from __future__ import annotations
 
-__all__ = ["Recipe", "build_passes", "get_recipe", "recipes", "register_recipe"]
+import importlib
+import pkgutil
+
+from moefx.recipes.base import Choices, Recipe, build_passes, get_recipe, recipes, register_recipe
+
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)
+
+__all__ = ["Choices", "Recipe", "build_passes", "get_recipe", "recipes", "register_recipe"]

@@ -4,10 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
 from typing import Any
 
 from moefx.errors import OptionError, nearest
 from moefx.passes.rewrite.base import Pass, get_pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What a system chooses in each slot of the routing algebra, in a few words: a row of the table of recipes.
+
+    Attributes:
+        granularity: what is routed as one: token, sample, sampler step, head, channel group, block.
+        reads: what the router reads.
+        scorer: how it scores.
+        selector: how scores become a choice.
+        normaliser: how scores become gates.
+        experts: what is chosen.
+        combine: how results meet.
+        losses: auxiliary terms, schedules and bias updates.
+        start: what the rewritten model computes before training, against the dense one.
+        batch_invariant: whether a sample's result is the same whatever else is in its batch.
+    """
+
+    granularity: str
+    reads: str
+    scorer: str
+    selector: str
+    normaliser: str
+    experts: str
+    combine: str = "weighted sum"
+    losses: str = "none"
+    start: str
+    batch_invariant: bool = True
 
 
 @dataclass(frozen=True)
@@ -20,7 +51,9 @@ class Recipe:
         paper: reference.
         equation: what a rewritten site computes.
         passes: pass names in order, with the options that make the recipe; users override them by name.
-        notes: choices made where the source is silent.
+        choices: its row in the table of recipes.
+        notes: choices made where the source is silent, and what of the released code is not reproduced.
+        aliases: short names.
     """
 
     name: str
@@ -28,22 +61,39 @@ class Recipe:
     paper: str
     equation: str
     passes: Mapping[str, Mapping[str, Any]]
+    choices: Choices
     notes: str = ""
     aliases: tuple[str, ...] = field(default=())
 
 
+ENTRY_POINTS = "moefx.recipes"
 _RECIPES: dict[str, Recipe] = {}
 
 
 def register_recipe(recipe: Recipe) -> Recipe:
-    """Make a recipe available by its name and aliases."""
+    """Make a recipe available by its name and aliases.
+
+    Raises:
+        OptionError: another recipe has one of these names.
+    """
     for name in (recipe.name, *recipe.aliases):
+        owner = _RECIPES.get(name, recipe).name
+        if owner != recipe.name:
+            raise OptionError(f"register the recipe {name!r}", found=f"{owner!r} has this name", do="choose another")
         _RECIPES[name] = recipe
     return recipe
 
 
+@cache
+def _load_entry_points() -> None:
+    """Import what other packages offer: once, and only when recipes are asked for."""
+    for entry in entry_points(group=ENTRY_POINTS):
+        entry.load()
+
+
 def recipes() -> list[Recipe]:
     """Return all recipes, by name."""
+    _load_entry_points()
     return sorted({r.name: r for r in _RECIPES.values()}.values(), key=lambda r: r.name)
 
 
@@ -53,6 +103,7 @@ def get_recipe(name: str) -> Recipe:
     Raises:
         OptionError: there is none; the message names the nearest.
     """
+    _load_entry_points()
     if name not in _RECIPES:
         raise OptionError(f"use recipe {name!r}", found="no such recipe", do=nearest(name, [r.name for r in recipes()]))
     return _RECIPES[name]

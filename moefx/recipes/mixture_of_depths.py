@@ -1,6 +1,6 @@
 """Mixture of depths: tokens skip blocks."""
 
-from moefx.recipes.base import Recipe, register_recipe
+from moefx.recipes.base import Choices, Recipe, register_recipe
 
 RECIPE = register_recipe(
     Recipe(
@@ -9,6 +9,16 @@ RECIPE = register_recipe(
         paper="Raposo et al., Mixture-of-Depths, arXiv 2404.02258",
         equation="x_i' = x_i + r_i (f(x)_i - x_i) for the C tokens of largest r_i = w.x_i + b, else x_i",
         passes={"mixture-of-depths": {"every": 2}},
+        choices=Choices(
+            granularity="token",
+            reads="token",
+            scorer="linear",
+            selector="expert choice per sample",
+            normaliser="identity",
+            experts="block or skip",
+            combine="gate on the update",
+            start="equal at capacity 1",
+        ),
         notes="b = 1, w = 0 at the start is ours: r = 1, so capacity 1 is the dense block to the bit. Skipped tokens "
         "are neither queries nor keys. Blocks that read rotary tables or masks per token are left dense.",
         aliases=("mod",),

@@ -1,6 +1,6 @@
 """Mixture of heads at its identity start: all heads active, every gate exactly 1."""
 
-from moefx.recipes.base import Recipe, register_recipe
+from moefx.recipes.base import Choices, Recipe, register_recipe
 
 RECIPE = register_recipe(
     Recipe(
@@ -9,6 +9,17 @@ RECIPE = register_recipe(
         paper="Jin et al., MoH: Multi-Head Attention as Mixture-of-Head Attention, arXiv 2410.11842",
         equation="y = sum_h g_h(x) H_h W_O,h;  g = k softmax(W_r x)_S / sum_S for routed heads",
         passes={"mixture-of-heads": {}},
+        choices=Choices(
+            granularity="token",
+            reads="token",
+            scorer="linear",
+            selector="shared + top-k heads",
+            normaliser="softmax, renormalised, times k; two-level",
+            experts="attention heads",
+            combine="gate before the output projection",
+            losses="balance 0.01",
+            start="equal with all heads active",
+        ),
         notes="The factors k, h_s and 2 are those of the released code, which the paper does not print. shared_heads "
         "and active_heads below all heads drop heads, which is approximate.",
         aliases=("moh",),

@@ -1,6 +1,6 @@
 """Sparse Upcycling: every FFN becomes E copies of itself behind a top-k router."""
 
-from moefx.recipes.base import Recipe, register_recipe
+from moefx.recipes.base import Choices, Recipe, register_recipe
 
 RECIPE = register_recipe(
     Recipe(
@@ -9,6 +9,16 @@ RECIPE = register_recipe(
         paper="Komatsuzaki et al., Sparse Upcycling, arXiv 2212.05055",
         equation="y = sum_{e in top2(Rx)} softmax(Rx)_e / sum_S softmax(Rx) * FFN_e(x)",
         passes={"upcycle": {"experts": 8, "top_k": 2}},
+        choices=Choices(
+            granularity="token",
+            reads="token",
+            scorer="linear",
+            selector="top-2 of 8",
+            normaliser="softmax, renormalised",
+            experts="FFN copies",
+            losses="balance 0.01",
+            start="equal",
+        ),
         notes="All FFNs by default (every=2 gives the paper's every other layer); dropless token choice with "
         "renormalised gates, which the paper uses for vision; router N(0, 0.02).",
         aliases=("upcycling",),

@@ -1,6 +1,6 @@
 """Granular upcycling with virtual groups: copies cut into shards, equal compute, exact at the start."""
 
-from moefx.recipes.base import Recipe, register_recipe
+from moefx.recipes.base import Choices, Recipe, register_recipe
 
 RECIPE = register_recipe(
     Recipe(
@@ -9,6 +9,16 @@ RECIPE = register_recipe(
         paper="He et al., Upcycling Large Language Models into Mixture of Experts, arXiv 2410.07524",
         equation="y = sum_{a in topk(Rx)} w_a * sum_{g<G} shard_{a,g}(x)",
         passes={"upcycle": {"experts": 8, "granularity": 2, "top_k": 2}},
+        choices=Choices(
+            granularity="token",
+            reads="token",
+            scorer="linear",
+            selector="top-1 of 4 groups of 2",
+            normaliser="straight-through 1",
+            experts="FFN copies cut in shards",
+            losses="balance 0.01",
+            start="equal",
+        ),
         notes="The group's gate is computed once and multiplies the sum of its shards, so no weight is scaled; the "
         "released cube-root scaling is off by 11 to 14 % for GELU and SwiGLU and is not reproduced.",
     )
