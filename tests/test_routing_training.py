@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from moefx.errors import InputError
-from moefx.routing import Experts, HeadGate, LinearRouter, RoutedFFN, random_weights
+from moefx.errors import InputError, MoefxWarning
+from moefx.routing import Experts, HeadGate, LinearRouter, RoutedFFN, RoutingRecord, random_weights
+from moefx.routing.initialise import copies
 from moefx.routing.losses import entropy, load_fractions, switch_balance, z_loss
-from moefx.training import aux_loss, health, routing_records
+from moefx.training import aux_loss, health, routing_records, step_schedules, update_biases
 
 D, E = 8, 4
 
@@ -46,7 +47,7 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def step(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    (model(x).square().mean() + aux_loss(model, 1.0, z_coefficient=0.1)).backward()
+    (model(x).square().mean() + aux_loss(model, balance=1.0, z=0.1)).backward()
     return gradients(model)
 
 
@@ -91,7 +92,7 @@ def test_aux_loss_is_the_mean_over_layers_times_its_coefficient(x: torch.Tensor)
         zs.append(routing.logits.logsumexp(-1).square().mean())
         h = h + layer(h)
     expected = 0.03 * sum(balances) / 2 + 0.5 * sum(zs) / 2
-    torch.testing.assert_close(aux_loss(model, 0.03, z_coefficient=0.5), expected)
+    torch.testing.assert_close(aux_loss(model, balance=0.03, z=0.5), expected)
     torch.testing.assert_close(aux_loss(model), 0.01 * sum(balances) / 2)
     assert [name for name, _ in routing_records(model)] == ["layers.0", "layers.1"]
 
@@ -110,7 +111,7 @@ def test_the_balance_loss_spreads_the_load() -> None:
     for _ in range(60):
         optimizer.zero_grad()
         layer(tokens)
-        aux_loss(layer, 1.0).backward()
+        aux_loss(layer, balance=1.0).backward()
         optimizer.step()
     assert layer.record.load.max() < 0.5
 
@@ -136,7 +137,7 @@ def test_statistics_and_health(x: torch.Tensor) -> None:
 def test_no_tokens_give_finite_statistics_and_losses() -> None:
     model = Model()
     model(torch.zeros(2, 0, D))
-    assert aux_loss(model, z_coefficient=1) == 0
+    assert aux_loss(model, z=1.0) == 0
     assert health(model)[0].max_load == 0
 
 
@@ -156,9 +157,9 @@ def test_accumulation_equals_the_mean_of_the_steps(x: torch.Tensor) -> None:
     each = [step(Model(), part) for part in (x, y)]
     model = Model()
     for part in (x, y):
-        ((model(part).square().mean() + aux_loss(model, 1.0, z_coefficient=0.1)) / 2).backward()
+        ((model(part).square().mean() + aux_loss(model, balance=1.0, z=0.1)) / 2).backward()
     together = Model()  # two forward passes before one backward pass
-    losses = [together(part).square().mean() + aux_loss(together, 1.0, z_coefficient=0.1) for part in (x, y)]
+    losses = [together(part).square().mean() + aux_loss(together, balance=1.0, z=0.1) for part in (x, y)]
     (sum(losses) / 2).backward()
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, (each[0][name] + each[1][name]) / 2)
@@ -234,7 +235,7 @@ def test_gradient_scaler_scales_the_loss_like_any_other(x: torch.Tensor) -> None
     model = Model()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    scaler.scale(model(x).square().mean() + aux_loss(model, 1.0, z_coefficient=0.1)).backward()
+    scaler.scale(model(x).square().mean() + aux_loss(model, balance=1.0, z=0.1)).backward()
     scaler.unscale_(optimizer)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[name])
@@ -267,7 +268,7 @@ def test_compiles_whole_and_once_for_any_number_of_tokens(mode: str | None, x: t
         expected = step(eager, part)
         with torch.compiler.set_stance("default" if tokens == 7 else "fail_on_recompile"):
             y = compiled(part)
-        (y.square().mean() + aux_loss(model, 1.0, z_coefficient=0.1)).backward()
+        (y.square().mean() + aux_loss(model, balance=1.0, z=0.1)).backward()
         for name, gradient in gradients(model).items():
             torch.testing.assert_close(gradient, expected[name])
         torch.testing.assert_close(model.layers[1].record.load, eager.layers[1].record.load)
@@ -291,3 +292,133 @@ def test_head_gates_take_part_in_the_loss(x: torch.Tensor) -> None:
     gate(x)
     aux_loss(gate).backward()
     assert gate.routed_weight.grad.abs().max() > 0
+
+
+# --------------------------------------------------------------------------------------------- terms, biases, schedules
+
+
+def test_a_layer_adds_terms_of_its_own_and_knows_its_coefficients(x: torch.Tensor) -> None:
+    model = Model()
+    model(x)
+    first, second = (layer.record for layer in model.layers)
+    first.add("budget", torch.tensor(3.0))
+    balance = (first.terms["balance"] + second.terms["balance"]) / 2
+    torch.testing.assert_close(aux_loss(model), 0.01 * balance)  # no coefficient, no part in the loss
+    first.coefficients["budget"] = 2.0
+    torch.testing.assert_close(aux_loss(model), 0.01 * balance + 6.0)
+    torch.testing.assert_close(aux_loss(model, budget=1.0, balance=0), torch.tensor(3.0))
+    with pytest.raises(InputError, match="did you mean 'budget'"):
+        aux_loss(model, budgets=1.0)
+    model(x)
+    assert "budget" not in first.terms
+
+
+def test_slots_without_an_expert_count_nowhere() -> None:
+    record = RoutingRecord(E)
+    record.update(torch.zeros(3, E), torch.tensor([[0, E], [1, E], [0, -1]]), "softmax_topk")
+    assert record.assigned.tolist() == [2, 1, 0, 0]
+    torch.testing.assert_close(record.load, torch.tensor([2 / 3, 1 / 3, 0, 0]))
+
+
+def biased_layer(k: int = 1) -> RoutedFFN:
+    seeded = torch.Generator().manual_seed(3)
+    router = LinearRouter(D, E, std=0.5, generator=seeded)
+    experts = Experts(random_weights(D, 16, num_experts=E, generator=seeded), F.gelu)
+    return RoutedFFN(router, experts, top_k=k, selection_bias=True)
+
+
+def test_biases_follow_the_sign_of_the_load_over_all_calls_since_the_last_update() -> None:
+    layer, model = biased_layer(), nn.ModuleDict()
+    model["ffn"] = layer
+    batches = [torch.randn(5, D), torch.randn(40, D)]
+    counts = torch.zeros(E)
+    for batch in batches:
+        layer(batch)
+        counts += torch.bincount(layer.route(batch).experts.flatten(), minlength=E)  # route records as well
+    torch.testing.assert_close(layer.record.assigned, counts * 2)
+    assert update_biases(model, 0.5) == ["ffn"]
+    torch.testing.assert_close(layer.selection_bias, 0.5 * torch.sign(counts.mean() - counts))
+    assert layer.record.assigned.sum() == 0
+    before = layer.selection_bias.clone()
+    update_biases(model, 0.5)  # nothing was routed in between
+    assert torch.equal(layer.selection_bias, before)
+
+
+def test_biases_balance_a_lopsided_router() -> None:
+    layer = biased_layer()
+    with torch.no_grad():
+        layer.router.weight[0] += 1.0
+    tokens = torch.randn(512, D) + 1
+    layer(tokens)
+    before = float(layer.record.load.max())
+    for step_number in range(200):
+        layer(tokens)
+        update_biases(layer, 0.05 * 0.97**step_number)
+    layer(tokens)
+    assert before > 0.6 > 0.4 > float(layer.record.load.max())
+
+
+def test_biases_need_a_layer_that_has_them() -> None:
+    with pytest.raises(InputError, match="selection_bias=True"):
+        update_biases(Model())
+
+
+def _bias_worker(rank: int, store: str, results: str) -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(store, 2), rank=rank, world_size=2)
+    layer = biased_layer()
+    torch.manual_seed(rank)
+    layer(torch.randn(30 + 50 * rank, D))
+    mine = layer.record.assigned.clone()
+    update_biases(layer, 1.0)
+    torch.save((mine, layer.selection_bias), f"{results}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_biases_are_updated_over_the_global_batch(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_bias_worker, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    (one, bias), (two, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert torch.equal(bias, other)
+    total = one + two
+    assert torch.equal(bias, torch.sign(total.mean() - total))
+
+
+def test_schedules_reach_every_module_that_has_one() -> None:
+    class Warm(nn.Linear):
+        progress = 0.0
+
+        def set_progress(self, progress: float) -> None:
+            self.progress = progress
+
+    model = nn.Sequential(nn.Linear(2, 2), Warm(2, 2), nn.Sequential(Warm(2, 2)))
+    assert step_schedules(model, 0.25) == ["1", "2.0"]
+    assert model[1].progress == model[2][0].progress == 0.25
+    for wrong in (-0.1, 1.1, math.nan):
+        with pytest.raises(InputError, match="progress"):
+            step_schedules(model, wrong)
+
+
+def test_health_names_what_is_wrong(x: torch.Tensor) -> None:
+    weights = random_weights(D, 16, num_experts=E)
+    stuck = RoutedFFN(LinearRouter(D, E, std=0, bias=True), Experts(weights, F.gelu), top_k=1, mode="unit")
+    with torch.no_grad():
+        stuck.router.bias[2] = 5.0
+    stuck(x)
+    (report,) = health(stuck)
+    assert report.max_load == 1
+    assert report.dead == (0, 1, 3)
+    assert "deadlocked" in report.problems[0]
+    with pytest.warns(MoefxWarning, match=r"1 of 1 routed layers"):
+        health(stuck, warn=True)
+
+    alike = copies(random_weights(D, 16), E)
+    fresh = RoutedFFN(LinearRouter(D, E, std=1e-4), Experts(alike, F.gelu), top_k=2)
+    (fresh(x).square().mean()).backward()
+    (report,) = health(fresh)
+    assert report.expert_cosine == pytest.approx(1, abs=1e-5)
+    assert any("saturated" in problem for problem in report.problems)
+    assert report.router_gradient is not None
+    apart = RoutedFFN(LinearRouter(D, E, std=0.5), Experts(weights, F.gelu), top_k=2)
+    apart(x)
+    cosine = health(apart)[0].expert_cosine
+    assert cosine is not None
+    assert cosine < 0.9

@@ -112,7 +112,7 @@ def finetune(config: Config, data: Digits, model: nn.Module, routed: nn.Module) 
     """Train both models side by side, in place, on the same batches; they end with averaged weights."""
 
     def balance(model: nn.Module) -> Tensor:
-        penalty: Tensor = moefx.aux_loss(model, config.routing.balance_weight)
+        penalty: Tensor = moefx.aux_loss(model, balance=config.routing.balance_weight)
         return penalty
 
     trainees = {

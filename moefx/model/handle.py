@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -53,9 +52,9 @@ class Handle:
         """Routing statistics of the last forward (load, probabilities, entropy), by module name."""
         return dict(routing_records(self._model))
 
-    def aux_loss(self, coefficient: float = 0.01, **options: Any) -> torch.Tensor:
+    def aux_loss(self, **coefficients: float) -> torch.Tensor:
         """Return :func:`moefx.aux_loss` of this model."""
-        return aux_loss(self._model, coefficient, **options)
+        return aux_loss(self._model, **coefficients)
 
     def graph(self, inputs: Inputs = None) -> Graph:
         """Trace the model as it is now; routed modules are leaves."""

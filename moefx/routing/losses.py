@@ -12,13 +12,21 @@ import torch
 from torch import Tensor
 
 
+def load_counts(experts: Tensor, num_experts: int) -> Tensor:
+    """Return the number of assignments of each expert ``[E]``, float32, from indices ``[T, K]``.
+
+    Indices outside [0, E) mark slots without an expert and are not counted.
+    """
+    known = (experts >= 0) & (experts < num_experts)
+    index = torch.where(known, experts, num_experts).reshape(-1)
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=experts.device)
+    return counts.scatter_add(0, index, torch.ones_like(index))[:num_experts].to(torch.float32)
+
+
 def load_fractions(experts: Tensor, num_experts: int) -> Tensor:
-    """Return f ``[E]``, float32, from expert indices ``[T, K]``; zeros if there are no tokens."""
-    ones = torch.ones(experts.numel(), dtype=torch.int64, device=experts.device)
-    counts = torch.zeros(num_experts, dtype=torch.int64, device=experts.device).scatter_add(
-        0, experts.reshape(-1), ones
-    )
-    return counts.to(torch.float32) / _at_least_one(experts.numel())
+    """Return f ``[E]``, float32, from expert indices ``[T, K]``; zeros if there are no assignments."""
+    counts = load_counts(experts, num_experts)
+    return counts / counts.sum().clamp(min=1)
 
 
 def mean_over_tokens(values: Tensor) -> Tensor:

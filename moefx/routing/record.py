@@ -2,13 +2,13 @@
 
 Two kinds of memory, because they have two kinds of reader.
 
-*Buffers* (``load``, ``probability``, ``entropy``): float32, non-persistent, overwritten in place without asking the
-device. They are in no autograd graph, so any number of forward passes may precede a backward pass.
+*Buffers* (``load``, ``probability``, ``entropy``, ``assigned``): float32, non-persistent, written in place without
+asking the device. They are in no autograd graph, so any number of forward passes may precede a backward pass.
 
-*Live terms* (``terms``): the balance and z-loss scalars of the last call *with their graph*, read by
-`moefx.training.aux_loss` before ``backward``. They are returned by an attribute and not added to the output by an
-autograd trick, so the sum the user builds is what is differentiated: gradient scalers, accumulation and world size act
-on it as on any other loss. Consequences:
+*Live terms* (``terms``): scalars of the last call by name *with their graph*, read by `moefx.training.aux_loss` before
+``backward``: ``balance`` and ``z`` from every routing decision, and whatever else the layer adds. They are returned by
+an attribute and not added to the output by an autograd trick, so the sum the user builds is what is differentiated:
+gradient scalers, accumulation and world size act on it as on any other loss. Consequences:
 
 - gradient accumulation: the terms are fresh tensors on each call, and nothing in their graph is later written in place;
 - checkpointing with ``use_reentrant=False`` (diffusers' default): their graph is part of the checkpointed region, and
@@ -24,12 +24,13 @@ on it as on any other loss. Consequences:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moefx.routing.losses import entropy, load_fractions, mean_over_tokens, switch_balance, z_loss
+from moefx.routing.losses import entropy, load_counts, mean_over_tokens, switch_balance, z_loss
 from moefx.routing.normalise import probabilities
 from moefx.routing.precision import KeepFloat32
 
@@ -40,32 +41,48 @@ class RoutingRecord(KeepFloat32):
     Args:
         num_experts: E.
         device: device of the buffers.
+        coefficients: what `moefx.training.aux_loss` multiplies each term with unless told otherwise; a term without
+            one is not part of the loss. By default ``balance`` has 0.01.
 
     Attributes:
         load: f ``[E]``, fraction of all assignments per expert, Σ f = 1.
         probability: P ``[E]``, mean router probability.
         entropy: ``[]``, mean entropy of the router's distribution in nats.
-        terms: (balance, z) scalars with their graph, or None.
+        assigned: ``[E]``, number of assignments since it was last set to zero (see `moefx.training.update_biases`).
+        terms: scalars of the last call with their graph, by name; empty before the first.
     """
 
     load: Tensor
     probability: Tensor
     entropy: Tensor
+    assigned: Tensor
 
-    def __init__(self, num_experts: int, *, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        *,
+        device: torch.device | str | None = None,
+        coefficients: Mapping[str, float] | None = None,
+    ) -> None:
         super().__init__()
         self.num_experts = num_experts
-        for name, shape in (("load", (num_experts,)), ("probability", (num_experts,)), ("entropy", ())):
+        vectors = dict.fromkeys(("load", "probability", "assigned"), (num_experts,))
+        for name, shape in {**vectors, "entropy": ()}.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float32, device=device), persistent=False)
-        self.terms: tuple[Tensor, Tensor] | None = None
+        self.coefficients: dict[str, float] = dict({"balance": 0.01} if coefficients is None else coefficients)
+        self.terms: dict[str, Tensor] = {}
 
     def update(self, logits: Tensor, experts: Tensor, mode: str) -> None:
-        """Record one routing decision: logits ``[T, E]`` (float32) and selected experts ``[T, K]``."""
+        """Record one routing decision: logits ``[T, E]`` (float32) and selected experts ``[T, K]``.
+
+        An index outside [0, E) is a slot without an expert and counts nowhere. Terms of an earlier call are dropped.
+        """
         if _only_mathematics(logits):
             return
         p = probabilities(logits, mode)
-        fractions, mean_p = load_fractions(experts, self.num_experts), mean_over_tokens(p)
-        terms = switch_balance(fractions, mean_p), z_loss(logits)
+        counts, mean_p = load_counts(experts, self.num_experts), mean_over_tokens(p)
+        fractions = counts / counts.sum().clamp(min=1)
+        terms = {"balance": switch_balance(fractions, mean_p), "z": z_loss(logits)}
         if _recomputing():  # only now: a recomputation has to save the same tensors as the first pass
             return
         if self.load.is_meta and not fractions.is_meta:
@@ -73,7 +90,13 @@ class RoutingRecord(KeepFloat32):
         self.load.copy_(fractions)
         self.probability.copy_(mean_p.detach())
         self.entropy.copy_(entropy(p.detach()))
+        self.assigned.add_(counts)
         self.terms = terms
+
+    def add(self, name: str, term: Tensor) -> None:
+        """Add a scalar of this call to the terms, after `update` if there is one; it replaces one of that name."""
+        if not (_only_mathematics(term) or _recomputing()):
+            self.terms = {**self.terms, name: term}
 
     def _materialise(self, device: torch.device) -> None:
         """Allocate the buffers: a model built on meta and loaded by assignment has no non-persistent ones."""
@@ -81,7 +104,7 @@ class RoutingRecord(KeepFloat32):
             setattr(self, name, torch.zeros_like(buffer, device=device))
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"terms": None}
+        return self.__dict__ | {"terms": {}}
 
 
 def _only_mathematics(logits: Tensor) -> bool:
