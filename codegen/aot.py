@@ -1,33 +1,43 @@
 """Compile kernels ahead of time, without a device, and report what they need of one.
 
-Registers, spills and instructions come from the disassembly: Triton's metadata knows only shared memory.
+What is compiled is what the emitted module's own ``launch`` starts, for stand-in tensors.  Registers, spills and
+instructions come from the disassembly: Triton's metadata knows only shared memory.  Results are kept on disk.
+
+Shapes: T tokens, k slots, R = T * k routed rows, E experts, K input and N output columns, D model width.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import os
-import re
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moefx.codegen import _aot_child
+from moefx.codegen import _aot_child, store
+from moefx.codegen.disassembly import read_cubin, read_gcn
 from moefx.codegen.emit import emit, operand_names
 from moefx.codegen.reasons import CannotLower
-from moefx.codegen.schedule import Schedule, combine_columns
-from moefx.codegen.spec import CombineSpec, KernelSpec, LinearSpec
+from moefx.codegen.schedule import Schedule
+from moefx.codegen.spec import CombineSpec, KernelSpec, LinearSpec, digest
 from moefx.codegen.targets import Target
 
 _TRITON_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-#: Instructions that tell how a kernel computes and copies, by the start of their SASS or GCN name.
-_CUDA_INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "LDL", "STL")
-_HIP_INSTRUCTIONS = ("v_mfma", "scratch_load", "scratch_store")
 _TIMEOUT_S = 300
+# Sizes of the stand-ins that are no multiples of 16, so that the binary assumes nothing about loads.
+_ROWS, _EXPERTS, _TILES = 4098, 7, 39
+
+#: Matrix instructions that a kernel of 16-bit inputs is to show on each target.
+MATRIX_INSTRUCTIONS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,11 @@ class Resources:
         """Return how often an instruction occurs in the kernel's code."""
         return dict(self.instructions).get(instruction, 0)
 
+    @property
+    def is_specialised(self) -> bool:
+        """Whether warps have roles of their own: registers move from the loading warps to the multiplying ones."""
+        return self.count("USETMAXREG") > 0
+
     def row(self) -> str:
         """Return one line of a resource table."""
         counts = " ".join(f"{name}:{count}" for name, count in self.instructions)
@@ -54,106 +69,186 @@ class Resources:
         return f"{self.target:<8} {' '.join(sizes)} {self.warps:>2} warps  {counts}  {self.kernel}"
 
 
-def signature(spec: KernelSpec) -> dict[str, str]:
-    """Return the Triton types of the kernel's arguments, in order."""
-    item = "*" + _TRITON_TYPES[spec.dtype]
+@dataclass(frozen=True)
+class Compiled:
+    """The kernels of one emitted module, the main one last, and the folder of their binaries."""
+
+    source: str
+    kernels: tuple[Resources, ...]
+    folder: Path
+
+    @property
+    def main(self) -> Resources:
+        """The kernel that does the work; those before it prepare its operands."""
+        return self.kernels[-1]
+
+    def problems(self, target: Target) -> list[str]:
+        """Return what would make the kernels slow or unable to run on ``target``."""
+        found = []
+        for one in self.kernels:
+            if one.spill_bytes:
+                found.append(f"{one.kernel} spills {one.spill_bytes} B of registers on {target.name}")
+            if one.shared_bytes > target.shared_limit_bytes:
+                found.append(
+                    f"{one.kernel} needs {one.shared_bytes} B of shared memory, "
+                    f"{target.name} allows {target.shared_limit_bytes}"
+                )
+        return found
+
+
+@dataclass(frozen=True)
+class Job:
+    """A kernel to compile."""
+
+    spec: KernelSpec
+    schedule: Schedule | None
+    target: Target
+
+
+def arguments(spec: KernelSpec) -> list[Any]:
+    """Return what ``launch`` of the spec's module takes: ``[Triton type, shape]`` of a tensor, or a number."""
+    item = _TRITON_TYPES[spec.dtype]
     if isinstance(spec, CombineSpec):
-        return {"rows_ptr": item, "position_ptr": "*i64", "weights_ptr": "*fp32", "out_ptr": item}
+        tokens, slots = _ROWS, spec.top_k
+        flat = tokens * slots
+        shapes: list[Any] = [[item, [flat, spec.features]], ["i64", [flat]], ["i64", [flat]], ["fp32", [tokens, slots]]]
+        return [*shapes, [item, [tokens, spec.features]]]
+    if not isinstance(spec, LinearSpec):
+        raise CannotLower(f"compile {spec.name}", found="a kernel without described arguments")
+    rows = _ROWS * (spec.top_k if spec.gather else 1)
     weights, biases = operand_names(spec)
-    arguments = {"x_ptr": item} | {f"{name}_ptr": item for name in (*weights, *biases)}
-    if spec.gather:
-        arguments["order_ptr"] = "*i64"
-    arguments |= {"map_ptr": "*i32", "out_ptr": item, "x_stride": "i32", "experts": "i32", "tiles": "i32"}
-    return arguments | {"UPCAST": "constexpr"}
-
-
-def _divisible(spec: KernelSpec) -> list[str]:
-    """Return the arguments that Triton may assume to be multiples of 16, as its launcher finds for ordinary tensors."""
-    names = [name for name, kind in signature(spec).items() if kind.startswith("*")]
-    if isinstance(spec, LinearSpec) and spec.in_features % 16 == 0:
-        names.append("x_stride")
-    return names
+    found: list[Any] = [[item, [_ROWS, spec.in_features]]]
+    found += [[item, [_EXPERTS, spec.weight_rows, spec.in_features]] for _ in weights]
+    found += [[item, [_EXPERTS, spec.weight_rows]] for _ in biases]
+    found += [["i64", [rows]]] if spec.gather else []
+    return [*found, ["i32", [3, _TILES]], [item, [rows, spec.out_features]], False]
 
 
 def compile_for(spec: KernelSpec, schedule: Schedule | None, target: Target) -> Resources:
-    """Compile the kernel of ``spec`` for ``target`` in a child process and return what it needs.
+    """Compile the kernel of ``spec`` for ``target`` in a child process and return what its main kernel needs.
 
     Raises :class:`CannotLower` with the compiler's last lines if it fails.
     """
-    if target.is_interpreter or importlib.util.find_spec("triton") is None:
-        found = "the interpreter compiles nothing" if target.is_interpreter else "Triton is not installed"
-        raise CannotLower(f"compile {spec.name} for {target.name}", found=found, do="pip install 'moefx[gpu]'")
-    with tempfile.TemporaryDirectory(prefix="moefx-aot-") as folder:
-        job = _job(spec, schedule, target, Path(folder))
-        result = _run(job, Path(folder), f"compile {spec.name} for {target.name}")
-        binary = Path(job["binary"])
-        if target.backend == "cuda":
-            registers, spills, counts = _read_cubin(binary)
+    return compile_module(Job(spec, schedule, target)).main
+
+
+def compile_all(
+    jobs: Sequence[Job], workers: int | None = None, done: Callable[[], Any] = lambda: None
+) -> list[Compiled | CannotLower]:
+    """Compile many kernels, several at a time; a failure stands in the place of its result."""
+
+    def one(job: Job) -> Compiled | CannotLower:
+        try:
+            return compile_module(job)
+        except CannotLower as error:
+            return error
+        finally:
+            done()
+
+    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(one, jobs))
+
+
+def compile_module(job: Job) -> Compiled:
+    """Compile one module, or take the result of an earlier compilation of the same text for the same target."""
+    asked = f"compile {job.spec.name} for {job.target.name}"
+    if job.target.is_interpreter or importlib.util.find_spec("triton") is None:
+        found = "the interpreter compiles nothing" if job.target.is_interpreter else "Triton is not installed"
+        raise CannotLower(asked, found=found, do="pip install 'moefx[gpu]'")
+    source = emit(job.spec, job.schedule)
+    given = arguments(job.spec)
+    folder = store.cache_folder() / "aot" / digest(repr((source, given, job.target.name, _versions())))[:32]
+    kept = _kept(folder, source)
+    return kept if kept is not None else _compile(job, source, given, folder, asked)
+
+
+def _versions() -> str:
+    return f"triton {importlib.metadata.version('triton')}, format 1"
+
+
+def _kept(folder: Path, source: str) -> Compiled | None:
+    """Return an earlier result; whatever is damaged is compiled again."""
+    try:
+        rows = json.loads((folder / "resources.json").read_text())
+        kernels = tuple(Resources(**row | {"instructions": tuple(map(tuple, row["instructions"]))}) for row in rows)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return Compiled(source, kernels, folder) if kernels else None
+
+
+def _compile(job: Job, source: str, given: list[Any], folder: Path, asked: str) -> Compiled:
+    shutil.rmtree(folder, ignore_errors=True)  # what could not be read
+    work = _work_folder(folder.parent)
+    try:
+        kernels = _resources(_run(job.target, source, given, work, asked), job, work)
+        (work / "resources.json").write_text(json.dumps([dataclasses.asdict(one) for one in kernels]))
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    return Compiled(source, kernels, _keep(work, folder))
+
+
+def _work_folder(parent: Path) -> Path:
+    """Return a new folder beside the results, to be renamed into place; a temporary one if none can be made there."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix="work-", dir=parent))
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="moefx-aot-"))
+
+
+def _keep(work: Path, folder: Path) -> Path:
+    """Rename a finished compilation into the cache and return where it is; another process may have been faster."""
+    try:
+        os.rename(work, folder)
+    except OSError:
+        if not (folder / "resources.json").exists():
+            return work
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def _resources(kernels: list[dict[str, Any]], job: Job, folder: Path) -> tuple[Resources, ...]:
+    found = []
+    for one in kernels:
+        name = one["function"]
+        if job.target.backend == "cuda":
+            read = read_cubin(folder / f"{name}.cubin")
         else:
-            registers, spills, counts = _read_gcn(binary.read_text())
-    instructions = tuple((name, count) for name, count in counts.items() if count)
-    return Resources(spec.name, target.name, registers, spills, result["shared_bytes"], result["warps"], instructions)
+            read = read_gcn((folder / f"{name}.amdgcn").read_text())
+        instructions = tuple((word, count) for word, count in read.counts.items() if count)
+        label = job.spec.name if one is kernels[-1] else f"{job.spec.name}.{name}"
+        sizes = (read.registers, read.spill_bytes, one["shared_bytes"], one["warps"])
+        found.append(Resources(label, job.target.name, *sizes, instructions))
+    return tuple(found)
 
 
-def _job(spec: KernelSpec, schedule: Schedule | None, target: Target, folder: Path) -> dict[str, Any]:
-    source = folder / "emitted.py"
-    source.write_text(emit(spec, schedule))
-    options: dict[str, int] = {"num_warps": combine_columns(spec)[1]} if isinstance(spec, CombineSpec) else {}
-    if schedule is not None and isinstance(spec, LinearSpec):
-        options = {"num_warps": schedule.num_warps, "num_stages": schedule.num_stages}
-    return {
-        "source": str(source),
-        "function": "kernel",
-        "signature": signature(spec),
-        "constants": {"UPCAST": False} if isinstance(spec, LinearSpec) else {},
-        "divisible_by_16": _divisible(spec),
+def _run(target: Target, source: str, given: list[Any], folder: Path, asked: str) -> list[dict[str, Any]]:
+    """Compile in a child process and return its report."""
+    (folder / "emitted.py").write_text(source)
+    job = {
+        "source": str(folder / "emitted.py"),
+        "arguments": given,
         "target": [target.backend, target.arch, target.warp_size],
-        "options": options,
-        "binary": str(folder / "binary"),
-        "result": str(folder / "result.json"),
+        "folder": str(folder),
     }
-
-
-def _run(job: dict[str, Any], folder: Path, asked: str) -> dict[str, Any]:
-    path = folder / "job.json"
-    path.write_text(json.dumps(job))
+    (folder / "job.json").write_text(json.dumps(job))
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    command = [sys.executable, str(Path(_aot_child.__file__)), str(path)]
+    command = [sys.executable, str(Path(_aot_child.__file__)), str(folder / "job.json")]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired as error:
         raise CannotLower(asked, found=f"no result after {_TIMEOUT_S} s", do="take smaller tiles") from error
     if done.returncode != 0:
-        tail = "\n".join(done.stderr.strip().splitlines()[-5:])
-        raise CannotLower(asked, found=f"exit status {done.returncode}: {tail}", do="take another schedule or target")
-    result: dict[str, Any] = json.loads(Path(job["result"]).read_text())
+        found = f"exit status {done.returncode}: {_last_words(done.stderr)}"
+        raise CannotLower(asked, found=found, do="take another schedule or target")
+    (folder / "job.json").unlink()
+    result: list[dict[str, Any]] = json.loads((folder / "kernels.json").read_text())
     return result
 
 
-def _tool(name: str) -> str:
-    """Return a CUDA tool shipped in the Triton wheel."""
-    found = importlib.util.find_spec("triton")
-    if found is None or found.origin is None:
-        raise CannotLower(f"run {name}", found="Triton is not installed", do="pip install 'moefx[gpu]'")
-    return str(Path(found.origin).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def _read_cubin(binary: Path) -> tuple[int, int, dict[str, int]]:
-    def dump(option: str) -> str:
-        return subprocess.run(
-            [_tool("cuobjdump"), option, str(binary)], capture_output=True, text=True, check=True
-        ).stdout
-
-    usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump("-res-usage"))}
-    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", dump("-sass"), re.MULTILINE)
-    counts = {wanted: sum(name == wanted for name in names) for wanted in _CUDA_INSTRUCTIONS}
-    return usage["REG"], usage.get("STACK", 0) + usage.get("LOCAL", 0), counts
-
-
-def _read_gcn(text: str) -> tuple[int, int, dict[str, int]]:
-    def number(key: str) -> int:
-        found = re.search(rf"\.{key}:\s+(\d+)", text)
-        return int(found.group(1)) if found else 0
-
-    counts = {wanted: len(re.findall(rf"^\s+{wanted}", text, re.MULTILINE)) for wanted in _HIP_INSTRUCTIONS}
-    return number("vgpr_count"), 4 * number("vgpr_spill_count"), counts
+def _last_words(text: str) -> str:
+    """Return the compiler's errors, and the end of what it printed."""
+    lines = text.strip().splitlines()
+    errors = [line[:300] for line in lines if "error:" in line][:3]
+    return "\n".join([*errors, *(line[:300] for line in lines[-3:])])
