@@ -241,18 +241,26 @@ def _block_taps(
     local = local_graph(graph.root.get_submodule(path), inputs, "children", expand)
     make_forward(local)
     if inline:
-        find_site(local, path, site.kind, weight_names(site))
+        entry = find_site(local, path, site.kind, weight_names(site)).operands.get("x")
     elif _parent(site.path) != path:
         # The tap would have to pass through the forwards in between, which stay the user's own.
         return None
+    else:
+        entry = _argument(local, site.path.rpartition(".")[2])
     taps = []
     for name in rule.taps:
-        node = choose_tap(name, facts, calls[0] if calls else None, local)
+        node = choose_tap(name, facts, calls[0] if calls else None, local, entry)
         if node is None:
             return None
         value = node.meta["val"]
         taps.append(TapPlan(name=name, node=node.name, rank=value.ndim, width=value.shape[-1] if value.ndim > 1 else 1))
     return tuple(taps)
+
+
+def _argument(local: Graph, child: str) -> Node | None:
+    """Return what the block passes to ``child``."""
+    call = next((n for n in local.fx.nodes if n.op == "call_module" and n.target == child), None)
+    return call.args[0] if call is not None and call.args and isinstance(call.args[0], Node) else None
 
 
 def _cost(graph: Graph, facts: Facts, planned: list[SitePlan]) -> Cost:

@@ -1,53 +1,122 @@
-"""Taps: finding, inside one block, a value that carries what a router wants to read."""
+"""Taps: finding, inside one block, a value that carries what a router wants to read.
+
+=============  ======================================================================================================
+tap            value
+=============  ======================================================================================================
+timestep       ``[B]`` or ``[B, D_t]``: the raw timestep, else an embedding of it, else of it and the label
+condition      ``[B, D_c]``: an embedding of the timestep, of the label or pooled text too where there is one
+pooled         ``[B, D_p]``: an embedding of the label or pooled text alone
+text           ``[B, S, D_s]``: the text tokens
+unmodulated    ``[B, T, D]``: the site's input after its norm, before adaLN scales and shifts it
+=============  ======================================================================================================
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from moefx.errors import OptionError, nearest
 from moefx.graph import Graph, ModuleCall
+from moefx.graph.kinds import MOVES, op
 from moefx.passes.analysis import Facts
+from moefx.passes.analysis.streams import is_whole_operand
 
-_WANTED = {"timestep": ("timestep", frozenset({"timestep", "label"}))}
+Found = frozenset[str]
 
 
-def choose_tap(name: str, facts: Facts, call: ModuleCall | None, local: Graph) -> Node | None:
-    """Return the node of ``local`` that best carries ``name``, or None.
+@dataclass(frozen=True)
+class _Wanted:
+    """Values that depend on all of ``needs`` and on nothing but ``allows``; the lowest ``rank`` is best."""
 
-    A raw timestep is preferred to an embedding of it alone, and that to one mixed with the label or pooled text;
-    among equals the first in program order. Values that depend on tokens or text never qualify.
+    needs: Found
+    allows: Found
+    shaped: Callable[[torch.Tensor], bool]
+    rank: Callable[[torch.Tensor, Found], int]
+
+
+def _per_sample(value: torch.Tensor) -> bool:
+    return value.ndim == 1 or _embedding(value) or (value.ndim == 3 and value.shape[1] == 1)
+
+
+def _embedding(value: torch.Tensor) -> bool:
+    return value.ndim == 2 and value.is_floating_point()
+
+
+def _sequence(value: torch.Tensor) -> bool:
+    return value.ndim == 3 and value.is_floating_point()
+
+
+_TIME, _LABEL, _TEXT = frozenset({"timestep"}), frozenset({"label"}), frozenset({"text"})
+_WANTED = {
+    "timestep": _Wanted(_TIME, _TIME | _LABEL, _per_sample, lambda v, found: (v.ndim - 1) + 2 * (len(found) - 1)),
+    "condition": _Wanted(_TIME, _TIME | _LABEL, _embedding, lambda _, found: -len(found)),
+    "pooled": _Wanted(_LABEL, _LABEL, _embedding, lambda *_: 0),
+    "text": _Wanted(_TEXT, _TEXT | {"mask", "position"}, _sequence, lambda *_: 0),
+}
+TAPS = (*_WANTED, "unmodulated")
+
+
+def choose_tap(
+    name: str, facts: Facts, call: ModuleCall | None, local: Graph, entry: Node | None = None
+) -> Node | None:
+    """Return the node of ``local`` that best carries ``name``, or None; among equals the first in program order.
 
     Args:
+        name: one of `TAPS`.
         facts: of the whole model; they say what each argument of the block depends on.
         call: the block's invocation in the whole model; None if the block is the whole model.
         local: the block's own graph.
+        entry: the node of ``local`` that enters the site; ``unmodulated`` starts from it.
+
+    Raises:
+        OptionError: there is no such tap.
     """
-    needed, allowed = _WANTED[name]
+    if name not in TAPS:
+        raise OptionError(f"read the tap {name!r}", found="no such tap", do=nearest(name, TAPS))
+    if name == "unmodulated":
+        return _before_modulation(entry, local) if entry is not None else None
     classes = _classes(facts, call, local)
+    wanted = _WANTED[name]
     best: tuple[tuple[int, int], Node] | None = None
     for i, node in enumerate(local.fx.nodes):
         found = classes.get(node, frozenset())
         value = node.meta.get("val")
-        if needed not in found or not found <= allowed or not isinstance(value, torch.Tensor) or not _per_sample(value):
+        if not (wanted.needs <= found <= wanted.allows and isinstance(value, torch.Tensor) and wanted.shaped(value)):
             continue
-        rank = (value.ndim - 1) + 2 * (len(found) - 1)
+        rank = wanted.rank(value, found)
         if best is None or (rank, i) < best[0]:
             best = (rank, i), node
     return best[1] if best else None
 
 
-def _per_sample(value: torch.Tensor) -> bool:
-    return (
-        value.ndim == 1 or (value.ndim == 2 and value.is_floating_point()) or (value.ndim == 3 and value.shape[1] == 1)
-    )
+def _before_modulation(entry: Node, local: Graph) -> Node | None:
+    """Walk back from a site's input through scales and shifts to its norm; None if the norm is out of sight."""
+    node = entry
+    while True:
+        what = op(node, local)
+        if what.kind == "norm":
+            return node
+        if what.kind in MOVES | {"dropout"} - {"slice"} and len(what.inputs) == 1:
+            node = what.inputs[0]
+            continue
+        if what.kind not in ("add", "mul") and what.name != "addcmul":
+            return None
+        # By shape: scales may come out of a module that is called with the tokens too (adaLN-zero).
+        carriers = [n for n in what.inputs if is_whole_operand(n, node)]
+        if len(carriers) != 1:
+            return None
+        node = carriers[0]
 
 
-def _classes(facts: Facts, call: ModuleCall | None, local: Graph) -> dict[Node, frozenset[str]]:
+def _classes(facts: Facts, call: ModuleCall | None, local: Graph) -> dict[Node, Found]:
     """Return what every node of the local graph depends on."""
-    found: dict[Node, frozenset[str]] = {}
+    found: dict[Node, Found] = {}
     outer = _outer_nodes(facts, call, local)
     for node in local.fx.nodes:
         if node.op == "placeholder":
@@ -62,7 +131,7 @@ def _classes(facts: Facts, call: ModuleCall | None, local: Graph) -> dict[Node, 
     return found
 
 
-def _outer_nodes(facts: Facts, call: ModuleCall | None, local: Graph) -> Any:
+def _outer_nodes(facts: Facts, call: ModuleCall | None, local: Graph) -> Iterator[Any]:
     """Iterate over the whole model's nodes that stand behind the local placeholders."""
     if call is None:
         return iter([n for n in facts.graph.fx.nodes if n.op == "placeholder"])
