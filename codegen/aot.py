@@ -240,7 +240,7 @@ def _run(target: Target, source: str, given: list[Any], folder: Path, asked: str
     except subprocess.TimeoutExpired as error:
         raise CannotLower(asked, found=f"no result after {_TIMEOUT_S} s", do="take smaller tiles") from error
     if done.returncode != 0:
-        found = f"exit status {done.returncode}: {_last_words(done.stderr)}"
+        found = f"exit status {done.returncode}: {_last_words(done.stderr.replace(str(folder), ''))}"
         raise CannotLower(asked, found=found, do="take another schedule or target")
     (folder / "job.json").unlink()
     result: list[dict[str, Any]] = json.loads((folder / "kernels.json").read_text())

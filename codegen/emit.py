@@ -28,7 +28,8 @@ def _template(body: str) -> jinja2.Template:
     return _environment().from_string(_templates.HEADER + body)
 
 
-def _render(body: str, **values: Any) -> str:
+def render(body: str, **values: Any) -> str:
+    """Return a template with the common header, filled in."""
     return _template(body).render(**values)
 
 
@@ -38,6 +39,10 @@ def emit(spec: KernelSpec, schedule: Schedule | None = None) -> str:
         return emit_combine(spec)
     if schedule is None:
         raise ValueError("a grouped projection is emitted for a schedule")
+    if schedule.variant == "tma":
+        from moefx.codegen.tma import emit_tma  # which prints with the helpers of this module
+
+        return emit_tma(spec, schedule)
     return emit_linear(spec, schedule)
 
 
@@ -45,10 +50,10 @@ def emit_linear(spec: LinearSpec, schedule: Schedule) -> str:
     """Return the source of a gather + grouped GEMM + bias + epilogue kernel."""
     n, k = spec.out_features, spec.in_features
     weights, biases = operand_names(spec)
-    return _render(
+    return render(
         _templates.GROUPED_LINEAR,
         title=f"{spec.name}: grouped projection of routed rows.",
-        meaning=_meaning(spec),
+        meaning=meaning(spec),
         facts=f"K = {k}, N = {n}; {schedule.describe()}.",
         helpers=[_templates.HELPERS[name] for name in spec.epilogue.helpers],
         dtype=spec.dtype,
@@ -57,8 +62,8 @@ def emit_linear(spec: LinearSpec, schedule: Schedule) -> str:
         weight_names=weights,
         bias_names=biases,
         operand_names=[*weights, *biases, *(["order"] if spec.gather else [])],
-        weight_bases=_bases(weights, "weight", n * k, spec.halves),
-        bias_bases=_bases(biases, "bias", n, spec.halves),
+        weight_bases=bases(weights, "weight", n * k, spec.halves),
+        bias_bases=bases(biases, "bias", n, spec.halves),
         halves=spec.halves,
         n=n,
         k=k,
@@ -74,11 +79,12 @@ def emit_linear(spec: LinearSpec, schedule: Schedule) -> str:
         num_stages=schedule.num_stages,
         precision=f', input_precision="{spec.precision}"' if spec.dtype == "float32" else "",
         statements=spec.epilogue.triton(),
-        result=_result(spec),
+        result=result(spec),
     )
 
 
-def _result(spec: LinearSpec) -> str:
+def result(spec: LinearSpec) -> str:
+    """Return the expression that a kernel stores."""
     result = spec.epilogue.result
     return result if isinstance(result, str) else f"(z0 * 0.0 + {result!r})"
 
@@ -89,14 +95,15 @@ def operand_names(spec: LinearSpec) -> tuple[list[str], list[str]]:
     return [f"weight{s}" for s in suffixes], [f"bias{s}" for s in suffixes] if spec.bias else []
 
 
-def _bases(names: list[str], offset: str, half_size: int, halves: int) -> list[str]:
+def bases(names: list[str], offset: str, half_size: int, halves: int) -> list[str]:
     """Return where each accumulator's operand starts: in a tensor of its own, or in a half of the only one."""
     if len(names) == halves:
         return [f"{name}_ptr + {offset}" for name in names]
     return [f"{name}_ptr + {offset}{shift}" for name in names for shift in ("", f" + {half_size}")]
 
 
-def _meaning(spec: LinearSpec) -> str:
+def meaning(spec: LinearSpec) -> str:
+    """Return what a kernel computes, as the equations of its header."""
     source = ("order[r]" if spec.top_k == 1 else f"order[r] // {spec.top_k}") if spec.gather else "r"
     weights, biases = operand_names(spec)
     values = ["z"] if spec.weights == 1 else ["z0", "z1"]
@@ -114,7 +121,7 @@ def _meaning(spec: LinearSpec) -> str:
 def emit_combine(spec: CombineSpec) -> str:
     """Return the source of the weighted, deterministic sum over slots."""
     columns, warps = combine_columns(spec)
-    return _render(
+    return render(
         _templates.COMBINE,
         title=f"{spec.name}: weighted sum of the {spec.top_k} rows of each token.",
         meaning=f"out[t] = sum over slots s of weights[t, s] * rows[position[t * {spec.top_k} + s]], in float32",
@@ -132,7 +139,7 @@ def emit_combine(spec: CombineSpec) -> str:
 
 def emit_tile_map() -> str:
     """Return the source of the kernel that cuts sorted rows into row tiles of one expert each."""
-    return _render(
+    return render(
         _templates.TILE_MAP,
         title="tile_map: row tiles of a sorted batch.",
         meaning="tile i covers rows [row[i], end[i]) of expert[i]; expert E stands for the dropped rows",

@@ -27,11 +27,20 @@ class Schedule:
     num_warps: int = 4
     num_stages: int = 3
     group_m: int = 8
+    #: "pointer": rows gathered by address, one program per tile; "tma": tiles loaded by descriptors, ``programs`` walk.
+    variant: str = "pointer"
+    programs: int = 0
+    flatten: bool = False
+    warp_specialize: bool = False
+    descriptor_gather: bool = False
 
     def describe(self) -> str:
         """Return the schedule in one line."""
         tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
-        return f"tile {tile}, {self.num_warps} warps, {self.num_stages} stages, groups of {self.group_m} row tiles"
+        text = f"tile {tile}, {self.num_warps} warps, {self.num_stages} stages, groups of {self.group_m} row tiles"
+        if self.variant == "pointer":
+            return text
+        return f"{text}, {self.programs} programs{', divided warps' if self.warp_specialize else ''}"
 
 
 #: Share of the peak that a tile of (rows, columns) reaches; a prior, to be calibrated on a device.

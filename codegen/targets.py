@@ -22,9 +22,19 @@ class Target:
     arch: int | str
     warp_size: int
     processors: int
+    #: Most shared memory of one block, and what all blocks on one processor share.
     shared_limit_bytes: int
+    shared_per_processor_bytes: int
     l2_bytes: int
     max_stages: int
+    #: Dense bfloat16 products and memory traffic at the vendor's peak.
+    matrix_tflops: float
+    memory_tb_per_s: float
+    #: Registers of 32 bits and warps that one processor holds.
+    registers: int = 65536
+    max_warps: int = 64
+    #: Whether descriptors load tiles without the help of the multiplying warps.
+    has_tma: bool = False
 
     @property
     def is_interpreter(self) -> bool:
@@ -34,11 +44,11 @@ class Target:
 
 _KIB, _MIB = 1024, 1024 * 1024
 _TARGETS = (
-    Target("sm_80", "cuda", 80, 32, 108, 166912, 40 * _MIB, 4),
-    Target("sm_90", "cuda", 90, 32, 132, 232448, 50 * _MIB, 4),
-    Target("sm_100", "cuda", 100, 32, 148, 232448, 126 * _MIB, 4),
-    Target("gfx942", "hip", "gfx942", 64, 304, 64 * _KIB, 4 * _MIB, 2),
-    Target("interpreter", "interpreter", "cpu", 1, 1, 1 << 40, 1 << 40, 1),
+    Target("sm_80", "cuda", 80, 32, 108, 166912, 164 * _KIB, 40 * _MIB, 4, 312.0, 2.0),
+    Target("sm_90", "cuda", 90, 32, 132, 232448, 228 * _KIB, 50 * _MIB, 4, 989.0, 4.8, has_tma=True),
+    Target("sm_100", "cuda", 100, 32, 148, 232448, 228 * _KIB, 126 * _MIB, 4, 2250.0, 8.0, has_tma=True),
+    Target("gfx942", "hip", "gfx942", 64, 304, 64 * _KIB, 64 * _KIB, 4 * _MIB, 2, 1307.0, 5.3, 131072, 32),
+    Target("interpreter", "interpreter", "cpu", 1, 1, 1 << 40, 1 << 40, 1 << 40, 1, 1.0, 1.0),
 )
 TARGETS: dict[str, Target] = {target.name: target for target in _TARGETS}
 

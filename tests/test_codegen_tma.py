@@ -1,0 +1,45 @@
+"""The variant that loads through tensor descriptors: numbers in the interpreter, and what each target makes of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.nn.functional as F
+
+from moefx.codegen import LinearSpec, Schedule, emit, target, tma, trace_pointwise
+from tests.test_codegen_kernels import TESTS, why_no_interpreter
+
+
+@pytest.mark.skipif(why_no_interpreter() is not None, reason=str(why_no_interpreter()))
+def test_in_the_interpreter(tmp_path: Path) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "MOEFX_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "interpreted_tma.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("spec", "name", "reason"),
+    [
+        (LinearSpec(1152, 64, "bfloat16"), "sm_90", None),
+        (LinearSpec(1152, 64, "bfloat16"), "sm_80", "no tensor memory accelerator"),
+        (LinearSpec(1150, 64, "float16"), "sm_90", "multiples of 16 bytes"),
+        (LinearSpec(1152, 64, "float32"), "sm_100", "float32"),
+    ],
+)
+def test_descriptors_apply_or_say_why_not(spec: LinearSpec, name: str, reason: str | None) -> None:
+    found = tma.why_not(spec, target(name))
+    assert (found is None) == (reason is None)
+    assert reason is None or reason in str(found)
+
+
+def test_only_rows_that_are_gathered_are_permuted() -> None:
+    schedule = Schedule(128, 128, 64, 4, 3, 8, variant="tma", programs=132, warp_specialize=True)
+    gathered = LinearSpec(64, 64, "bfloat16", gather=True, top_k=2, epilogue=trace_pointwise(F.gelu, 64))
+    assert "def permute(" in emit(gathered, schedule)
+    assert "def permute(" not in emit(LinearSpec(64, 64, "bfloat16"), schedule)
+    assert "divided warps" in emit(gathered, schedule)
