@@ -43,10 +43,19 @@ def logit_normal(count: int, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def sample(model: nn.Module, y: Tensor, null_class: int, *, steps: int, guidance: float, seed: int) -> Tensor:
-    """Return images [B, 1, 8, 8] for labels [B]: Heun's method with classifier-free guidance, from noise to data."""
+def sample(
+    model: nn.Module,
+    y: Tensor,
+    null_class: int,
+    *,
+    steps: int,
+    guidance: float,
+    seed: int,
+    shape: tuple[int, ...] = (1, 8, 8),
+) -> Tensor:
+    """Return images [B, *shape] for labels [B]: Heun's method with classifier-free guidance, from noise to data."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(len(y), 1, 8, 8, generator=generator)
+    x = torch.randn(len(y), *shape, generator=generator)
     labels = torch.cat([y, torch.full_like(y, null_class)])
 
     def velocity(x: Tensor, t: float) -> Tensor:

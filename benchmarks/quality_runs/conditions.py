@@ -1,0 +1,140 @@
+"""What is compared: each table is a list of conditions, each a way to turn the trained dense model into another one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+import moefx
+from benchmarks.quality_runs.settings import Setting
+from examples.digits_demo.data import Digits
+from examples.digits_demo.sparse import example_inputs
+from examples.dit import DiT
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a condition starts from: the trained dense model (its own copy), the data, and the seed."""
+
+    dense: DiT
+    data: Digits
+    seed: int
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """Example inputs of the model."""
+        return example_inputs(self.data)
+
+    def transformed(self, recipe: str, **options: Any) -> nn.Module:
+        """Return a routed copy."""
+        model: nn.Module = moefx.transform(
+            copy.deepcopy(self.dense), self.inputs, recipe=recipe, seed=self.seed, **options
+        )
+        return model
+
+
+Build = Callable[[Start], nn.Module]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One row of a table.
+
+    Args:
+        name: what it is called in the table.
+        build: makes the model from the dense one.
+        steps: share of the setting's extra steps it is trained for; 0 judges it untrained.
+        scratch: train from random weights for the dense steps instead.
+        aux: coefficients for ``moefx.aux_loss``; None adds no auxiliary loss.
+    """
+
+    name: str
+    build: Build
+    steps: float = 1.0
+    scratch: bool = False
+    aux: dict[str, float] | None = field(default=None)
+
+
+def dense(start: Start) -> nn.Module:
+    """Return the dense model itself, copied."""
+    return copy.deepcopy(start.dense)
+
+
+def recipe(name: str, *more: tuple[str, dict[str, Any]], **options: Any) -> Build:
+    """Return a builder that applies a recipe, and then others."""
+
+    def build(start: Start) -> nn.Module:
+        model = start.transformed(name, **options)
+        for other, others in more:
+            moefx.transform(model, start.inputs, recipe=other, seed=start.seed, **others)
+        return model
+
+    return build
+
+
+# Experts of half the dense width, two per token: the active width of the dense network.
+_EQUAL = {"experts": 16, "top_k": 2, "granularity": 2, "untie": True}
+_FURTHER = Condition("dense, trained further", dense)
+
+
+def upcycle(setting: Setting) -> list[Condition]:
+    """More parameters at equal active compute: what a router may read."""
+    return [
+        Condition("dense, not trained further", dense, steps=0),
+        _FURTHER,
+        Condition("copies, token router", recipe("virtual-groups", **_EQUAL), aux={}),
+        Condition(
+            "copies, timestep and token router",
+            recipe("virtual-groups", router_input="timestep+token", **_EQUAL),
+            aux={},
+        ),
+    ]
+
+
+def heads(setting: Setting) -> list[Condition]:
+    """Fewer attention heads per token."""
+    total = setting.model.heads
+    active = sorted({round(share * total) for share in (0.9, 0.75, 0.5)} - {total}, reverse=True)
+    gated = [
+        Condition(f"{k} of {total} heads", recipe("mixture-of-heads", active_heads=k, router_std=0.02), aux={})
+        for k in active
+    ]
+    return [_FURTHER, *gated]
+
+
+def tokens(setting: Setting) -> list[Condition]:
+    """Fewer tokens through every second block."""
+    return [
+        _FURTHER,
+        *(
+            Condition(
+                f"{100 * share:.0f} % of the tokens in every 2nd block",
+                recipe("mixture-of-depths", capacity=share, every=2, router_std=0.02),
+            )
+            for share in (0.7, 0.5)
+        ),
+    ]
+
+
+def composed(setting: Setting) -> list[Condition]:
+    """Two recipes in one model, against each alone."""
+    active = setting.model.heads * 3 // 4
+    gates = {"active_heads": active, "router_std": 0.02}
+    return [
+        _FURTHER,
+        Condition("copies, token router", recipe("virtual-groups", **_EQUAL), aux={}),
+        Condition(f"{active} of {setting.model.heads} heads", recipe("mixture-of-heads", **gates), aux={}),
+        Condition("both", recipe("virtual-groups", ("mixture-of-heads", gates), **_EQUAL), aux={}),
+    ]
+
+
+TABLES: dict[str, Callable[[Setting], list[Condition]]] = {
+    "upcycle": upcycle,
+    "heads": heads,
+    "tokens": tokens,
+    "composed": composed,
+}
