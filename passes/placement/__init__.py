@@ -10,7 +10,7 @@ from moefx.errors import InputError
 from moefx.passes.placement import contiguous, lpt, minimax_time
 from moefx.passes.placement.collect import TraceCollector, routed_layers
 from moefx.passes.placement.dims import Budget, ModelDims
-from moefx.passes.placement.placement import Placement
+from moefx.passes.placement.placement import Goal, Layout, Placement, Replica, Window
 from moefx.passes.placement.strategy import Strategy, get_strategy, register_strategy, strategies
 from moefx.passes.placement.topology import Topology
 from moefx.passes.placement.trace import RoutingTrace
@@ -20,12 +20,16 @@ _MODULES = (contiguous, lpt, minimax_time)
 
 __all__ = [
     "Budget",
+    "Goal",
+    "Layout",
     "ModelDims",
     "Placement",
+    "Replica",
     "RoutingTrace",
     "Strategy",
     "Topology",
     "TraceCollector",
+    "Window",
     "get_strategy",
     "place",
     "register_strategy",

@@ -1,8 +1,9 @@
 """Where experts can live: devices, the links between them, and what the links share.
 
-A topology is a directed networkx graph. A node of kind ``device`` computes and holds weights; any other node only
-forwards (a switch, a host bridge). A link costs ``alpha_s + bytes * beta_s_per_byte``; links with the same ``resource``
-share one bandwidth, so their bytes add up. Routes are fixed shortest paths by ``beta``.
+A topology is a directed networkx graph. A node of kind ``device`` computes and holds weights; one of kind ``memory`` is
+a slower tier from which the devices linked to it can stream weights (host memory, a disk); any other only forwards (a
+switch, a host bridge). A link costs ``alpha_s + bytes * beta_s_per_byte``; links with the same ``resource`` share one
+bandwidth, so their bytes add up. Routes are fixed shortest paths by ``beta``, never through a memory.
 
 Legend: G devices.
 """
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from moefx.errors import InputError, UnsafeInputError
 
-DEVICE = "device"
+DEVICE, MEMORY = "device", "memory"
 GIB = 2**30
 
 # Measured for gloo over loopback with two processes: 0.29 ms and 2.1 GB/s, all pairs sharing one bus.
@@ -144,6 +145,11 @@ class Topology:
     def speeds(self) -> NDArray[np.float64]:
         """Relative speed of each device ``[G]``."""
         return np.array([self.graph.nodes[name]["speed"] for name in self.devices], dtype=np.float64)
+
+    @property
+    def tier_names(self) -> set[str]:
+        """Names of the memory tiers below the devices' own."""
+        return {a.get("tier", str(n)) for n, a in self.graph.nodes(data=True) if a.get("kind") == MEMORY}
 
     def exchange_seconds(self, bytes_GG: NDArray[np.float64]) -> float:
         """Return the predicted time of one all-to-all that sends ``bytes[i, j]`` from device i to device j.
