@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json as json_module
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,16 +21,20 @@ def recipes(
         typer.Argument(metavar="NAME", help="Show one recipe with its options.", autocompletion=o.recipe_names),
     ] = None,
     json: o.Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Write the page of all recipes.")] = False,
     out: o.Out = None,
 ) -> None:
     """List the recipes, or show one: paper, equation, passes and every option with its default."""
     with working(0):
+        from moefx.inspect.recipes import recipes_markdown
         from moefx.inspect.tables import table_text
         from moefx.recipes import get_recipe
         from moefx.recipes import recipes as all_recipes
 
         found = all_recipes() if name is None else [get_recipe(name)]
-        if json:
+        if markdown:
+            text = recipes_markdown()
+        elif json:
             head = {"format": "moefx.recipes", "schema_version": 1}
             text = json_module.dumps(head | {"recipes": [_data(r) for r in found]}, indent=1) + "\n"
         elif name is None:
@@ -40,21 +45,9 @@ def recipes(
     emit(text, out)
 
 
-def _options(recipe: Recipe) -> list[dict[str, Any]]:
-    """Return the options of a recipe's passes, with the defaults that the recipe sets."""
-    from moefx.passes.rewrite import get_pass
-
-    rows = []
-    for pass_name, chosen in recipe.passes.items():
-        for key, field in get_pass(pass_name).Options.model_fields.items():
-            default = chosen.get(key, field.get_default(call_default_factory=True))
-            kind = str(getattr(field.annotation, "__name__", field.annotation)).replace("typing.", "")
-            about = field.description or ""
-            rows.append({"pass": pass_name, "option": key, "type": kind, "default": default, "about": about})
-    return rows
-
-
 def _data(recipe: Recipe) -> dict[str, Any]:
+    from moefx.inspect.recipes import options_of
+
     return {
         "name": recipe.name,
         "aliases": list(recipe.aliases),
@@ -62,12 +55,14 @@ def _data(recipe: Recipe) -> dict[str, Any]:
         "paper": recipe.paper,
         "equation": recipe.equation,
         "notes": recipe.notes,
+        "choices": dataclasses.asdict(recipe.choices),
         "passes": {name: dict(chosen) for name, chosen in recipe.passes.items()},
-        "options": _options(recipe),
+        "options": options_of(recipe),
     }
 
 
 def _one(recipe: Recipe) -> str:
+    from moefx.inspect.recipes import options_of
     from moefx.inspect.tables import table_text
     from moefx.inspect.text import wrap
 
@@ -76,6 +71,8 @@ def _one(recipe: Recipe) -> str:
     facts["aliases"] = ", ".join(recipe.aliases)
     for title, text in facts.items():
         lines += wrap(f"  {title:<9} {text}", " " * 12) if text else []
+    choices = [(key.replace("_", " "), value) for key, value in dataclasses.asdict(recipe.choices).items()]
+    lines.append("\n" + table_text("choices", (("slot", "left"), ("choice", "left")), choices))
     columns = (("option", "left"), ("default", "left"), ("type", "left"), ("about", "left"))
-    rows = [(row["option"], row["default"], row["type"], row["about"]) for row in _options(recipe)]
+    rows = [(row["option"], row["default"], row["type"], row["about"]) for row in options_of(recipe)]
     return "\n".join(lines) + "\n\n" + table_text(f"passes: {', '.join(recipe.passes)}", columns, rows)
