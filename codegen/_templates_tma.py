@@ -8,7 +8,7 @@ from __future__ import annotations
 TMA_LINEAR = '''{% if permute_columns %}
 @triton.jit
 def permute(x_ptr, order_ptr, sorted_ptr, rows, x_stride, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
-    """sorted[r] = x[order[r]{{ " // %d" % top_k if top_k > 1 else "" }}], so that one instruction copies a whole tile."""
+    """sorted[r] = x[order[r]{{ " // %d" % top_k if top_k > 1 else "" }}], so that one instruction copies a tile."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     source = tl.load(order_ptr + row, mask=row < rows, other=0){{ " // %d" % top_k if top_k > 1 else "" }}
     col = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)

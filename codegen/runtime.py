@@ -16,10 +16,10 @@ from types import ModuleType
 
 import torch
 
-from moefx.codegen import store
+from moefx.codegen import store, tune
 from moefx.codegen.emit import emit, emit_tile_map
 from moefx.codegen.reasons import CannotLower
-from moefx.codegen.schedule import Schedule, choose, load_class, row_tile
+from moefx.codegen.schedule import Schedule, load_class, row_tile
 from moefx.codegen.spec import CombineSpec, LinearSpec, RegionSpec
 from moefx.codegen.targets import Target, target_of
 
@@ -50,7 +50,7 @@ def schedules(region: RegionSpec, target: Target, rows: int, experts: int) -> tu
     """Return the schedules of a region's projections for a load; all have the same row tile, hence one tile map."""
     load = load_class(rows, experts)
     block_m = 32 if target.is_interpreter else row_tile(load)
-    return tuple(choose(linear, target, load, experts, block_m) for linear in region.linears)
+    return tuple(tune.schedule_for(linear, target, load, experts, block_m) for linear in region.linears)
 
 
 def sources(region: RegionSpec, target: Target, rows: int, experts: int) -> dict[str, str]:
@@ -160,6 +160,7 @@ def clear() -> None:
     _REGIONS.clear()
     _loaded.cache_clear()
     _tile_map_module.cache_clear()
+    tune.clear()
     store.clear()
 
 

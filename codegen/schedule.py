@@ -1,18 +1,16 @@
-"""How a kernel is tiled: an analytic choice, no measurement, the same for the same spec, target and load.
+"""How a kernel is tiled: the configurations a target can hold, ranked by the cost model (`moefx.codegen.cost`).
 
-The model of §2.9 of the kernel notes as one sympy expression: the grid runs in waves over the processors, a wave costs
-the products of one tile, and small tiles reach a smaller share of the peak.  ``explain`` prints it.
+The choice depends on the spec, the target and the load class, never on a number of tokens, and is the same every time.
+What a device measures instead is in `moefx.codegen.tune`, what was found for common shapes in `moefx.codegen.table`.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
-import sympy
-
+from moefx.codegen import table
+from moefx.codegen.cost import estimate, stage_bytes
 from moefx.codegen.spec import ITEM_BYTES, CombineSpec, LinearSpec
 from moefx.codegen.targets import Target
 
@@ -43,40 +41,7 @@ class Schedule:
         return f"{text}, {self.programs} programs{', divided warps' if self.warp_specialize else ''}"
 
 
-#: Share of the peak that a tile of (rows, columns) reaches; a prior, to be calibrated on a device.
-EFFICIENCY = {
-    (128, 256): 1.0,
-    (128, 128): 0.9,
-    (64, 256): 0.85,
-    (64, 128): 0.75,
-    (128, 64): 0.7,
-    (64, 64): 0.55,
-    (32, 256): 0.4,
-    (32, 128): 0.35,
-    (16, 256): 0.25,
-    (16, 128): 0.2,
-}
 _COLUMNS = (256, 128, 64, 32, 16)
-
-
-def efficiency(rows: int, columns: int) -> float:
-    """Return the share of the peak that a tile reaches; below the table it falls with the tile's area."""
-    return EFFICIENCY.get((rows, columns), 0.55 * min(1.0, rows * columns / 4096) * (1.0 if rows >= 64 else 0.5))
-
-
-@functools.cache
-def cost_expression() -> sympy.Expr:
-    """Return the cost of a grouped projection in units of tile products, symbolic in sizes, tile and processors."""
-    load, experts, n, k, bm, bn, processors, efficiency = sympy.symbols("load E N K BM BN P eff", positive=True)
-    tiles = experts * sympy.ceiling(load / bm) * sympy.ceiling(n / bn)
-    return sympy.ceiling(tiles / processors) * bm * bn * k / efficiency
-
-
-@functools.cache
-def _cost() -> Callable[..., Any]:
-    names = sympy.symbols("load E N K BM BN P eff", positive=True)
-    compiled: Callable[..., Any] = sympy.lambdify(names, cost_expression(), modules="math")
-    return compiled
 
 
 def load_class(rows: int, experts: int) -> int:
@@ -93,20 +58,103 @@ def row_tile(load: int) -> int:
     return 32 if load == 32 else 16 if load <= 16 else 64 if load <= 64 else 128
 
 
-def _candidates(spec: LinearSpec, target: Target, block_m: int) -> Iterator[Schedule]:
-    item = ITEM_BYTES[spec.dtype]
-    block_k = min(128 // item, max(16, _power_of_two(spec.in_features)))
-    for columns in _COLUMNS:
-        accumulators = block_m * columns * spec.halves
-        if columns > max(16, _power_of_two(spec.out_features)):
+def choose(spec: LinearSpec, target: Target, load: int, experts: int, block_m: int | None = None) -> Schedule:
+    """Return the schedule of a grouped projection for ``load`` rows per expert: from the table, else by the model.
+
+    ``block_m`` is given where kernels share a tile map.
+    """
+    if target.is_interpreter:
+        return interpreter_schedule(spec, block_m)
+    known = table.lookup(spec, target, load, experts, block_m or row_tile(load))
+    return Schedule(**known) if known else ranked(spec, target, load, experts, block_m)[0]
+
+
+def ranked(
+    spec: LinearSpec, target: Target, load: int, experts: int, block_m: int | None = None
+) -> tuple[Schedule, ...]:
+    """Return every configuration, the cheapest by the model first; ties go to the larger tile."""
+
+    def price(schedule: Schedule) -> tuple[float, float, int]:
+        found = estimate(spec, schedule, target, load, experts)
+        return found.seconds, found.compute_s, -schedule.block_n
+
+    return tuple(sorted(configurations(spec, target, block_m or row_tile(load)), key=price))
+
+
+def short_list(
+    spec: LinearSpec, target: Target, load: int, experts: int, block_m: int | None = None, count: int = 5
+) -> tuple[Schedule, ...]:
+    """Return the configurations that are worth timing: the best of each kind first, then the best of what is left."""
+    order = ranked(spec, target, load, experts, block_m)
+    best_of_kind = {(s.variant, s.warp_specialize): s for s in reversed(order)}
+    kinds = [s for s in order if s in best_of_kind.values()]
+    return tuple(dict.fromkeys([choose(spec, target, load, experts, block_m), *kinds, *order]))[:count]
+
+
+def configurations(spec: LinearSpec, target: Target, block_m: int) -> Iterator[Schedule]:
+    """Yield the tiles, warps and stages that the target can hold, of every variant that applies."""
+    yield from _by_pointers(spec, target, block_m)
+    if why_no_descriptors(spec, target) is None and block_m >= 64:
+        yield from _by_descriptors(spec, target, block_m)
+
+
+def why_no_descriptors(spec: LinearSpec, target: Target) -> str | None:
+    """Return why descriptors cannot load the operands of ``spec`` on ``target``, or ``None``."""
+    if not target.has_tma and not target.is_interpreter:
+        return f"{target.name} has no tensor memory accelerator"
+    if spec.in_features * ITEM_BYTES[spec.dtype] % 16:
+        return f"rows of {spec.in_features} {spec.dtype} values do not start at multiples of 16 bytes"
+    if spec.dtype == "float32":
+        return "float32 tiles fill shared memory before they hide its latency"
+    return None
+
+
+def _by_pointers(spec: LinearSpec, target: Target, block_m: int) -> Iterator[Schedule]:
+    block_k = _block_k(spec)
+    for columns in _columns(spec):
+        accumulators, limit = block_m * columns * spec.halves, _accumulator_limit(spec, target, columns)
+        if accumulators > limit:
             continue
-        if accumulators > _accumulator_limit(spec, target, columns):
-            continue
-        stage_bytes = (block_m + columns * spec.halves) * block_k * item
-        stages = min(target.max_stages, target.shared_limit_bytes // stage_bytes, -(-spec.in_features // block_k) + 1)
+        warps = 8 if accumulators >= min(limit, 128 * 128) else 4
+        schedule = Schedule(block_m, columns, block_k, warps, 1, group_height(spec, target, block_m))
+        stages = min(target.max_stages, target.shared_limit_bytes // stage_bytes(spec, schedule))
         if stages >= 1:
-            warps = 8 if accumulators >= _accumulator_limit(spec, target, columns) or accumulators >= 128 * 128 else 4
-            yield Schedule(block_m, columns, block_k, warps, max(1, stages), 8)
+            yield replace(schedule, num_stages=min(stages, -(-spec.in_features // block_k) + 1))
+
+
+def _by_descriptors(spec: LinearSpec, target: Target, block_m: int) -> Iterator[Schedule]:
+    """Yield divided and undivided forms; what divides, and what spills, is known from compiled kernels only.
+
+    Triton 3.6 and 3.9 on sm_90: 4 warps and an outer loop that is not flattened; at 128x256 any epilogue spills. On
+    sm_100: 8 warps and a flattened loop; 128x256 spills, and two accumulators do not compile when divided.
+    """
+    is_hopper = target.name == "sm_90"
+    for columns in _columns(spec):
+        accumulators = block_m * columns * spec.halves
+        base = Schedule(
+            block_m, columns, _block_k(spec), 8, 1, group_height(spec, target, block_m),
+            variant="tma", programs=target.processors, descriptor_gather=spec.gather and not is_hopper,
+        )  # fmt: skip
+        # The store of a result is staged in shared memory too.
+        free = target.shared_limit_bytes - block_m * columns * ITEM_BYTES[spec.dtype] - 2048
+        stages = min(target.max_stages, free // stage_bytes(spec, base))
+        if stages < 2 or columns < 64 or accumulators > 128 * 256:
+            continue
+        wide = is_hopper and (spec.epilogue.is_identity or spec.halves == 2)
+        if accumulators <= (128 * 256 if wide else 128 * 128) and (is_hopper or spec.halves == 1):
+            divided = replace(base, num_stages=stages, warp_specialize=True, flatten=not is_hopper)
+            yield replace(divided, num_warps=4 if is_hopper else 8)
+        if accumulators <= 128 * 128 or spec.epilogue.is_identity or (is_hopper and spec.halves == 2):
+            yield replace(base, num_stages=stages)
+
+
+def _columns(spec: LinearSpec) -> list[int]:
+    return [columns for columns in _COLUMNS if columns <= max(16, _power_of_two(spec.out_features))]
+
+
+def _block_k(spec: LinearSpec) -> int:
+    """Return the step over K: one line of 128 bytes, less where K is shorter."""
+    return min(128 // ITEM_BYTES[spec.dtype], max(16, _power_of_two(spec.in_features)))
 
 
 def _accumulator_limit(spec: LinearSpec, target: Target, columns: int) -> int:
@@ -123,29 +171,9 @@ def _accumulator_limit(spec: LinearSpec, target: Target, columns: int) -> int:
     return 128 * 256 if wide else 128 * 128
 
 
-def choose(spec: LinearSpec, target: Target, load: int, experts: int, block_m: int | None = None) -> Schedule:
-    """Return the schedule of a grouped projection for ``load`` rows per expert.
-
-    ``block_m`` is given where kernels share a tile map. Ties go to the larger tile.
-    """
-    if target.is_interpreter:
-        return interpreter_schedule(spec, block_m)
-    block_m = block_m or row_tile(load)
-    candidates = list(_candidates(spec, target, block_m))
-
-    def price(s: Schedule) -> tuple[float, int]:
-        sizes = (load, experts, spec.out_features, spec.in_features, s.block_m, s.block_n)
-        return float(_cost()(*sizes, target.processors, efficiency(s.block_m, s.block_n))), -s.block_n
-
-    best = min(candidates, key=price)
-    return Schedule(
-        best.block_m, best.block_n, best.block_k, best.num_warps, best.num_stages, group_height(spec, target, best)
-    )
-
-
-def group_height(spec: LinearSpec, target: Target, schedule: Schedule) -> int:
+def group_height(spec: LinearSpec, target: Target, block_m: int) -> int:
     """Return how many row tiles are walked together: their inputs fill at most a quarter of the L2 cache."""
-    tile_bytes = schedule.block_m * spec.in_features * ITEM_BYTES[spec.dtype]
+    tile_bytes = block_m * spec.in_features * ITEM_BYTES[spec.dtype]
     fitting = max(1, target.l2_bytes // 4 // tile_bytes)
     return int(min(64, 1 << (fitting.bit_length() - 1)))
 
@@ -165,8 +193,3 @@ def combine_columns(spec: CombineSpec) -> tuple[int, int]:
 
 def _power_of_two(value: int) -> int:
     return int(1 << max(0, value - 1).bit_length())
-
-
-def explain() -> str:
-    """Return the cost model as text."""
-    return f"cost = {cost_expression()}"

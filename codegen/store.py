@@ -39,27 +39,32 @@ def _warn_once(folder: Path, reason: str) -> None:
     )
 
 
-def save(source: str, stem: str) -> Path | None:
-    """Write a module's source atomically and return its path, or ``None`` (and one warning) if the folder refuses."""
-    folder = cache_folder() / "kernels"
-    path = folder / f"{stem}_{digest(source)[:12]}.py"
+def write(path: Path, text: str) -> bool:
+    """Write a file of the cache atomically; say once, and return false, if the folder refuses."""
     try:
-        if path.exists() and path.read_text() == source:
-            return path
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         try:
             with os.fdopen(handle, "w") as file:
-                file.write(source)
+                file.write(text)
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
     except OSError as error:
-        _warn_once(folder, error.strerror or type(error).__name__)
-        return None
-    return path
+        _warn_once(path.parent, error.strerror or type(error).__name__)
+        return False
+    return True
+
+
+def save(source: str, stem: str) -> Path | None:
+    """Keep a module's source and return its path, or ``None`` if it can be kept in memory only."""
+    path = cache_folder() / "kernels" / f"{stem}_{digest(source)[:12]}.py"
+    with contextlib.suppress(OSError):
+        if path.read_text() == source:
+            return path
+    return path if write(path, source) else None
 
 
 @functools.cache

@@ -12,18 +12,6 @@ from moefx.codegen import _templates, _templates_tma
 from moefx.codegen.emit import bases, meaning, operand_names, render, result
 from moefx.codegen.schedule import Schedule
 from moefx.codegen.spec import ITEM_BYTES, LinearSpec
-from moefx.codegen.targets import Target
-
-
-def why_not(spec: LinearSpec, target: Target) -> str | None:
-    """Return why descriptors cannot load the operands of ``spec`` on ``target``, or ``None``."""
-    if not target.has_tma and not target.is_interpreter:
-        return f"{target.name} has no tensor memory accelerator"
-    if spec.in_features * ITEM_BYTES[spec.dtype] % 16:
-        return f"rows of {spec.in_features} {spec.dtype} values do not start at multiples of 16 bytes"
-    if spec.dtype == "float32":
-        return "float32 tiles fill shared memory before they hide its latency"
-    return None
 
 
 def emit_tma(spec: LinearSpec, schedule: Schedule) -> str:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,21 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moefx.codegen import (
-    TARGETS,
     CannotLower,
     CombineSpec,
     LinearSpec,
     RegionSpec,
-    Target,
-    choose,
-    emit,
-    emit_tile_map,
     runtime,
     store,
     target,
     trace_pointwise,
 )
-from moefx.codegen.aot import compile_for
 from moefx.errors import OptionError
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -124,95 +115,6 @@ def test_unknown_target_is_refused_with_the_nearest() -> None:
         target("sm90")
 
 
-def fits(spec: LinearSpec, device: Target, load: int) -> bool:
-    schedule = choose(spec, device, load, 8)
-    stage = (schedule.block_m + schedule.block_n * spec.halves) * schedule.block_k * 2
-    powers = all(v & (v - 1) == 0 for v in (schedule.block_m, schedule.block_n, schedule.block_k, schedule.num_warps))
-    return (
-        powers
-        and stage * schedule.num_stages <= device.shared_limit_bytes
-        and schedule == choose(spec, device, load, 8)
-    )
-
-
-@pytest.mark.parametrize("name", sorted(TARGETS))
-@pytest.mark.parametrize("load", [1, 16, 32, 64, 300, 5000])
-def test_schedules_fit_their_target(name: str, load: int) -> None:
-    for n, k in ((4608, 1152), (1152, 4608), (7, 13), (1, 1), (300, 24), (24576, 3072)):
-        for epilogue in (trace_pointwise(F.gelu, 8), trace_pointwise(swiglu, 8)):
-            for dtype in ("bfloat16", "float32"):
-                spec = LinearSpec(k, n, dtype, epilogue=epilogue)
-                assert fits(spec, target(name), load) or dtype == "float32"
-                emit(spec, choose(spec, target(name), load, 8))
-
-
-def golden_sources() -> dict[str, str]:
-    up, sm_90 = up_projection(), target("sm_90")
-    gated = LinearSpec(1000, 300, "float16", False, True, 1, trace_pointwise(swiglu, 600))
-    return {
-        "kernel_up_gelu_sm_90.py": emit(up, choose(up, sm_90, 1024, 8)),
-        "kernel_gated_ragged_sm_80.py": emit(gated, choose(gated, target("sm_80"), 64, 8)),
-        "kernel_combine.py": emit(CombineSpec(1152, 2, "bfloat16")),
-        "kernel_tile_map.py": emit_tile_map(),
-    }
-
-
-@pytest.mark.parametrize("name", sorted(golden_sources()))
-def test_sources_are_stable(name: str) -> None:
-    path = GOLDENS / name
-    assert golden_sources()[name] == path.read_text(), f"if intended: python {__file__} writes the goldens anew"
-
-
-@pytest.mark.skipif(
-    shutil.which("ruff") is None and importlib.util.find_spec("ruff") is None, reason="ruff not installed"
-)
-def test_sources_are_formatted_and_clean(tmp_path: Path) -> None:
-    for name, source in golden_sources().items():
-        (tmp_path / name).write_text(source)
-    for command in (["format", "--check"], ["check", "--select", "E,F,I,UP,B"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "ruff", *command, "--line-length", "120", "--isolated", str(tmp_path)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_sources_use_no_vendor_library_and_no_atomics() -> None:
-    for source in golden_sources().values():
-        assert "libdevice" not in source
-        assert "atomic" not in source
-
-
-@needs_triton
-@pytest.mark.parametrize("device", DEVICES)
-def test_up_projection_compiles_without_a_device(device: str) -> None:
-    spec, chosen = up_projection(), target(device)
-    schedule = choose(spec, chosen, 1024, 8)
-    found = compile_for(spec, schedule, chosen)
-    matrix = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}[device]
-    assert found.spill_bytes == 0, found.row()
-    assert found.count(matrix) > 0, found.row()
-    assert 0 < found.registers <= 255
-    assert 0 < found.shared_bytes <= chosen.shared_limit_bytes
-    if device != "gfx942":
-        assert found.count("LDGSTS") > 0, "the gathered rows are to be copied asynchronously"
-
-
-@needs_triton
-def test_other_kernels_compile_for_sm_90() -> None:
-    sm_90 = target("sm_90")
-    down = LinearSpec(4608, 1152, "bfloat16", True)
-    gated = LinearSpec(1152, 4608, "bfloat16", False, True, 2, trace_pointwise(swiglu, 9216))
-    pair = trace_pointwise(lambda up, gate: F.silu(gate) * up, 4608, inputs=2)
-    two_weights = LinearSpec(1152, 4608, "bfloat16", True, True, 2, pair, weights=2)
-    for spec in (down, gated, two_weights):
-        found = compile_for(spec, choose(spec, sm_90, 1024, 8), sm_90)
-        assert (found.spill_bytes, found.count("HGMMA") > 0) == (0, True), found.row()
-    assert compile_for(CombineSpec(1152, 2, "bfloat16"), None, sm_90).spill_bytes == 0
-
-
 def test_the_sources_of_a_region_are_its_kernels_in_order() -> None:
     up, down = up_projection(), LinearSpec(4608, 1152, "bfloat16", True)
     region = RegionSpec((up, down), CombineSpec(1152, 2, "bfloat16"))
@@ -220,14 +122,6 @@ def test_the_sources_of_a_region_are_its_kernels_in_order() -> None:
     assert list(found) == ["tile_map", up.name, down.name, region.combine.name]  # type: ignore[union-attr]
     for source in found.values():
         compile(source, "emitted", "exec")
-
-
-@needs_triton
-def test_a_failing_compilation_is_a_reason() -> None:
-    spec = up_projection()
-    broken = choose(spec, target("sm_90"), 1024, 8).__class__(96, 128, 64, 4, 3, 8)
-    with pytest.raises(CannotLower, match="exit status"):
-        compile_for(spec, broken, target("sm_90"))
 
 
 def test_sources_are_kept_on_disk_and_a_changed_file_is_not_trusted(
@@ -255,9 +149,3 @@ def test_an_unwritable_folder_means_memory_and_one_warning(
     assert store.load("two = 2\n", "in_memory_two").two == 2
     assert len(caplog.records) == 1
     assert "MOEFX_CACHE_DIR" in caplog.text
-
-
-if __name__ == "__main__":
-    GOLDENS.mkdir(exist_ok=True)
-    for name, text in golden_sources().items():
-        (GOLDENS / name).write_text(text)

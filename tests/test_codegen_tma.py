@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch.nn.functional as F
 
-from moefx.codegen import LinearSpec, Schedule, emit, target, tma, trace_pointwise
+from moefx.codegen import LinearSpec, Schedule, emit, target, trace_pointwise
+from moefx.codegen.schedule import why_no_descriptors
 from tests.test_codegen_kernels import TESTS, why_no_interpreter
 
 
@@ -32,7 +33,7 @@ def test_in_the_interpreter(tmp_path: Path) -> None:
     ],
 )
 def test_descriptors_apply_or_say_why_not(spec: LinearSpec, name: str, reason: str | None) -> None:
-    found = tma.why_not(spec, target(name))
+    found = why_no_descriptors(spec, target(name))
     assert (found is None) == (reason is None)
     assert reason is None or reason in str(found)
 

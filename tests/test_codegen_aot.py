@@ -1,0 +1,126 @@
+"""What compilers make of the kernels without a device: spills, shared memory, matrix instructions, divided warps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from moefx.codegen import CannotLower, CombineSpec, LinearSpec, Schedule, choose, target
+from moefx.codegen.aot import MATRIX_INSTRUCTIONS, Compiled, Job, compile_all, compile_for, compile_module
+from moefx.codegen.disassembly import read_gcn
+from tests.codegen_support import DEVICES, STANDARD, best, down_projection, needs_triton, up_projection
+
+pytestmark = needs_triton
+
+#: (kernel, target, variant, divided warps): every standard kernel in the variants that its target has.
+CASES = [
+    *[("up", device, "pointer", None) for device in DEVICES],
+    *[("down", device, "pointer", None) for device in DEVICES],
+    ("gated", "sm_90", "pointer", None),
+    ("two weights", "sm_90", "pointer", None),
+    ("two weights", "sm_80", "pointer", None),
+    ("up", "sm_90", "tma", True),
+    ("down", "sm_90", "tma", True),
+    ("gated", "sm_90", "tma", True),
+    ("up", "sm_90", "tma", False),
+    ("up", "sm_100", "tma", True),
+    ("down", "sm_100", "tma", True),
+    ("two weights", "sm_100", "tma", False),
+]
+
+
+def job(kernel: str, device: str, variant: str, divided: bool | None) -> Job:
+    spec, chosen = STANDARD[kernel](), target(device)
+    return Job(spec, best(spec, chosen, 1024, variant=variant, divided=divided), chosen)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[tuple[object, ...], Compiled | CannotLower]:
+    """Compile all cases at once, several children at a time; results are kept by content between runs."""
+    return dict(zip(CASES, compile_all([job(*case) for case in CASES]), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_standard_kernels_fit_their_target(
+    case: tuple[str, str, str, bool | None], compiled: dict[tuple[object, ...], Compiled | CannotLower]
+) -> None:
+    found = compiled[case]
+    assert isinstance(found, Compiled), found
+    _, device, variant, divided = case
+    main = found.main
+    assert not found.problems(target(device))
+    assert main.count(MATRIX_INSTRUCTIONS[device]) > 0, main.row()
+    assert 0 < main.registers <= 255
+    assert 0 < main.shared_bytes <= target(device).shared_limit_bytes
+    assert divided is None or main.is_specialised == divided, main.row()
+    if device != "gfx942":
+        copies = "UTMALDG" if variant == "tma" else "LDGSTS"
+        assert main.count(copies) > 0, f"tiles are to be copied asynchronously: {main.row()}"
+
+
+@pytest.mark.parametrize("width", [100, 1150])
+def test_rows_of_any_width_compile(width: int) -> None:
+    spec = LinearSpec(width, 300, "bfloat16", True, True, 1)
+    found = compile_module(Job(spec, choose(spec, target("sm_90"), 256, 8), target("sm_90")))
+    assert not found.problems(target("sm_90"))
+    assert found.main.count("HGMMA") > 0
+
+
+def test_combine_compiles_with_what_it_starts_before() -> None:
+    found = compile_module(Job(CombineSpec(1152, 2, "bfloat16"), None, target("sm_90")))
+    assert [one.kernel.rpartition(".")[2] == "invert" for one in found.kernels] == [True, False]
+    assert not found.problems(target("sm_90"))
+
+
+def test_a_failing_compilation_is_a_reason() -> None:
+    spec = up_projection()
+    broken = dataclasses.replace(best(spec, target("sm_90"), 1024, variant="pointer"), block_m=96)
+    with pytest.raises(CannotLower, match="exit status") as raised:
+        compile_for(spec, broken, target("sm_90"))
+    assert "work-" not in str(raised.value), "the folder is nobody's business and changes"
+
+
+def test_spills_and_shared_memory_are_problems() -> None:
+    spec = down_projection()
+    wide = Schedule(128, 256, 128, 4, 3, 8)
+    (found,) = compile_all([Job(spec, wide, target("sm_90"))])
+    assert isinstance(found, Compiled)
+    problems = " ".join(found.problems(target("sm_90")))
+    assert "spills" in problems
+    assert "shared memory" in problems
+
+
+def test_results_are_kept_and_damaged_ones_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEFX_CACHE_DIR", str(tmp_path))
+    one = Job(CombineSpec(64, 1, "float32"), None, target("sm_80"))
+    first = compile_module(one)
+    assert (first.folder / "kernel.cubin").stat().st_size > 0
+    kept = first.folder / "resources.json"
+    rows = json.loads(kept.read_text())
+    rows[-1]["registers"] = 99
+    kept.write_text(json.dumps(rows))
+    assert compile_module(one).main.registers == 99, "read, not compiled"
+    kept.write_text("{")
+    assert compile_module(one).main == first.main
+
+
+def test_without_a_cache_folder_results_are_still_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    monkeypatch.setenv("MOEFX_CACHE_DIR", str(blocker))
+    found = compile_module(Job(CombineSpec(32, 1, "float32"), None, target("sm_80")))
+    assert (found.folder / "kernel.cubin").exists()
+
+
+def test_the_interpreter_compiles_nothing() -> None:
+    with pytest.raises(CannotLower, match="interpreter"):
+        compile_for(CombineSpec(32, 1, "float32"), None, target("interpreter"))
+
+
+def test_gcn_is_read() -> None:
+    code = read_gcn("  v_mfma_f32_32x32 v[0:3]\n  scratch_load v1\n  .vgpr_count:     128\n  .vgpr_spill_count: 3\n")
+    assert (code.registers, code.spill_bytes, code.counts["v_mfma"], code.counts["scratch_load"]) == (128, 12, 1, 1)
