@@ -19,17 +19,23 @@ if TYPE_CHECKING:
     from moefx.inspect.dump import dump
     from moefx.model.load import load
     from moefx.model.save import save
+    from moefx.offloading.offload import offload, onload
     from moefx.parallel.parallelize import parallelize
+    from moefx.passes.calibration import Calibration, calibrate
     from moefx.training import aux_loss, health
 
 _PUBLIC = {
+    "Calibration": "moefx.passes.calibration",
     "Graph": "moefx.graph",
     "MoefxError": "moefx.errors",
     "aux_loss": "moefx.training",
+    "calibrate": "moefx.passes.calibration",
     "dump": "moefx.inspect.dump",
     "health": "moefx.training",
     "load": "moefx.model.load",
     "misses": "moefx.api",
+    "offload": "moefx.offloading",
+    "onload": "moefx.offloading",
     "parallelize": "moefx.parallel",
     "plan": "moefx.api",
     "save": "moefx.model.save",
@@ -40,14 +46,18 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "Calibration",
     "Graph",
     "MoefxError",
     "__version__",
     "aux_loss",
+    "calibrate",
     "dump",
     "health",
     "load",
     "misses",
+    "offload",
+    "onload",
     "parallelize",
     "plan",
     "save",
