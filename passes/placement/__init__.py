@@ -9,9 +9,11 @@ from __future__ import annotations
 from moefx.errors import InputError
 from moefx.passes.placement import contiguous, lpt, minimax_time
 from moefx.passes.placement.collect import TraceCollector, routed_layers
+from moefx.passes.placement.count import trace_of_choices
 from moefx.passes.placement.dims import Budget, ModelDims
 from moefx.passes.placement.placement import Goal, Layout, Placement, Replica, Window
 from moefx.passes.placement.strategy import Strategy, get_strategy, register_strategy, strategies
+from moefx.passes.placement.synthesise import synthesise
 from moefx.passes.placement.topology import Topology
 from moefx.passes.placement.trace import RoutingTrace
 
@@ -35,6 +37,8 @@ __all__ = [
     "register_strategy",
     "routed_layers",
     "strategies",
+    "synthesise",
+    "trace_of_choices",
 ]
 
 

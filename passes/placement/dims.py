@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from moefx.errors import OptionError
-from moefx.passes.placement.collect import routed_layers
+from moefx.passes.placement.collect import expert_count, routed_layers
 from moefx.routing.experts import Experts
 
 # b_out is added once after the experts, on every device.
@@ -46,7 +46,7 @@ class ModelDims:
         total = sum(p.nbytes for p in model.parameters())
         return cls(
             layers=tuple(layers),
-            experts=tuple(layer.experts.num_experts for layer in layers.values()),
+            experts=tuple(expert_count(layer) for layer in layers.values()),
             expert_bytes=tuple(
                 sum(p.element_size() * math.prod(p.shape[1:]) for p in stacked[name]) for name in layers
             ),
