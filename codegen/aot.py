@@ -25,7 +25,7 @@ from typing import Any
 
 from moefx.codegen import _aot_child, store
 from moefx.codegen.disassembly import read_cubin, read_gcn
-from moefx.codegen.emit import emit, operand_names
+from moefx.codegen.emit import emit, emit_tile_map, operand_names
 from moefx.codegen.reasons import CannotLower
 from moefx.codegen.schedule import Schedule
 from moefx.codegen.spec import CombineSpec, KernelSpec, LinearSpec, digest
@@ -98,11 +98,23 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Job:
-    """A kernel to compile."""
+    """An emitted module to compile, and what its ``launch`` takes."""
 
-    spec: KernelSpec
-    schedule: Schedule | None
+    name: str
+    source: str
+    arguments: tuple[Any, ...]
     target: Target
+
+
+def job(spec: KernelSpec, schedule: Schedule | None, target: Target) -> Job:
+    """Return the job of a spec's kernel."""
+    return Job(spec.name, emit(spec, schedule), tuple(arguments(spec)), target)
+
+
+def tile_map_job(target: Target, block_m: int) -> Job:
+    """Return the job of the kernel that every region starts with."""
+    given = (["i64", [_EXPERTS + 1]], ["i32", [3, _TILES]], _ROWS, block_m)
+    return Job("tile_map", emit_tile_map(), given, target)
 
 
 def arguments(spec: KernelSpec) -> list[Any]:
@@ -129,7 +141,7 @@ def compile_for(spec: KernelSpec, schedule: Schedule | None, target: Target) -> 
 
     Raises :class:`CannotLower` with the compiler's last lines if it fails.
     """
-    return compile_module(Job(spec, schedule, target)).main
+    return compile_module(job(spec, schedule, target)).main
 
 
 def compile_all(
@@ -151,15 +163,14 @@ def compile_all(
 
 def compile_module(job: Job) -> Compiled:
     """Compile one module, or take the result of an earlier compilation of the same text for the same target."""
-    asked = f"compile {job.spec.name} for {job.target.name}"
+    asked = f"compile {job.name} for {job.target.name}"
     if job.target.is_interpreter or importlib.util.find_spec("triton") is None:
         found = "the interpreter compiles nothing" if job.target.is_interpreter else "Triton is not installed"
         raise CannotLower(asked, found=found, do="pip install 'moefx[gpu]'")
-    source = emit(job.spec, job.schedule)
-    given = arguments(job.spec)
-    folder = store.cache_folder() / "aot" / digest(repr((source, given, job.target.name, _versions())))[:32]
-    kept = _kept(folder, source)
-    return kept if kept is not None else _compile(job, source, given, folder, asked)
+    key = digest(repr((job.source, job.arguments, job.target.name, _versions())))[:32]
+    folder = store.cache_folder() / "aot" / key
+    kept = _kept(folder, job.source)
+    return kept if kept is not None else _compile(job, folder, asked)
 
 
 def _versions() -> str:
@@ -176,16 +187,16 @@ def _kept(folder: Path, source: str) -> Compiled | None:
     return Compiled(source, kernels, folder) if kernels else None
 
 
-def _compile(job: Job, source: str, given: list[Any], folder: Path, asked: str) -> Compiled:
+def _compile(job: Job, folder: Path, asked: str) -> Compiled:
     shutil.rmtree(folder, ignore_errors=True)  # what could not be read
     work = _work_folder(folder.parent)
     try:
-        kernels = _resources(_run(job.target, source, given, work, asked), job, work)
+        kernels = _resources(_run(job, work, asked), job, work)
         (work / "resources.json").write_text(json.dumps([dataclasses.asdict(one) for one in kernels]))
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
-    return Compiled(source, kernels, _keep(work, folder))
+    return Compiled(job.source, kernels, _keep(work, folder))
 
 
 def _work_folder(parent: Path) -> Path:
@@ -217,22 +228,22 @@ def _resources(kernels: list[dict[str, Any]], job: Job, folder: Path) -> tuple[R
         else:
             read = read_gcn((folder / f"{name}.amdgcn").read_text())
         instructions = tuple((word, count) for word, count in read.counts.items() if count)
-        label = job.spec.name if one is kernels[-1] else f"{job.spec.name}.{name}"
+        label = job.name if one is kernels[-1] else f"{job.name}.{name}"
         sizes = (read.registers, read.spill_bytes, one["shared_bytes"], one["warps"])
         found.append(Resources(label, job.target.name, *sizes, instructions))
     return tuple(found)
 
 
-def _run(target: Target, source: str, given: list[Any], folder: Path, asked: str) -> list[dict[str, Any]]:
+def _run(job: Job, folder: Path, asked: str) -> list[dict[str, Any]]:
     """Compile in a child process and return its report."""
-    (folder / "emitted.py").write_text(source)
-    job = {
+    (folder / "emitted.py").write_text(job.source)
+    order = {
         "source": str(folder / "emitted.py"),
-        "arguments": given,
-        "target": [target.backend, target.arch, target.warp_size],
+        "arguments": job.arguments,
+        "target": [job.target.backend, job.target.arch, job.target.warp_size],
         "folder": str(folder),
     }
-    (folder / "job.json").write_text(json.dumps(job))
+    (folder / "job.json").write_text(json.dumps(order))
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     command = [sys.executable, str(Path(_aot_child.__file__)), str(folder / "job.json")]
     try:

@@ -225,7 +225,7 @@ class _Finder:
             raise CannotLower(
                 "lower a projection", found=f"{x.dtype} input, {weight.dtype} weight, {out.dtype} result (autocast)"
             )
-        if x.device.type not in ("cuda", "cpu"):
+        if x.device.type not in ("cuda", "cpu", "meta"):
             raise CannotLower("lower a projection", found=f"a tensor on {x.device.type}")
         precise = torch.get_float32_matmul_precision() == "highest"
         return LinearSpec(

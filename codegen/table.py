@@ -78,7 +78,7 @@ def best_compiled(spec: LinearSpec, target: Target, load: int, experts: int) -> 
     order = ranked(spec, target, load, experts)
     for i, schedule in enumerate(order):
         try:
-            compiled = aot.compile_module(aot.Job(spec, schedule, target))
+            compiled = aot.compile_module(aot.job(spec, schedule, target))
         except CannotLower:
             continue
         if compiled.problems(target):

@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from moefx.codegen import CannotLower, CombineSpec, LinearSpec, Schedule, choose, target
-from moefx.codegen.aot import MATRIX_INSTRUCTIONS, Compiled, Job, compile_all, compile_for, compile_module
+from moefx.codegen.aot import (
+    MATRIX_INSTRUCTIONS,
+    Compiled,
+    Job,
+    compile_all,
+    compile_for,
+    compile_module,
+    job,
+    tile_map_job,
+)
 from moefx.codegen.disassembly import read_gcn
 from tests.codegen_support import DEVICES, STANDARD, best, down_projection, needs_triton, up_projection
 
@@ -32,15 +41,15 @@ CASES = [
 ]
 
 
-def job(kernel: str, device: str, variant: str, divided: bool | None) -> Job:
+def case_job(kernel: str, device: str, variant: str, divided: bool | None) -> Job:
     spec, chosen = STANDARD[kernel](), target(device)
-    return Job(spec, best(spec, chosen, 1024, variant=variant, divided=divided), chosen)
+    return job(spec, best(spec, chosen, 1024, variant=variant, divided=divided), chosen)
 
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[tuple[object, ...], Compiled | CannotLower]:
     """Compile all cases at once, several children at a time; results are kept by content between runs."""
-    return dict(zip(CASES, compile_all([job(*case) for case in CASES]), strict=True))
+    return dict(zip(CASES, compile_all([case_job(*case) for case in CASES]), strict=True))
 
 
 @pytest.mark.slow
@@ -65,14 +74,19 @@ def test_standard_kernels_fit_their_target(
 @pytest.mark.parametrize("width", [100, 1150])
 def test_rows_of_any_width_compile(width: int) -> None:
     spec = LinearSpec(width, 300, "bfloat16", True, True, 1)
-    found = compile_module(Job(spec, choose(spec, target("sm_90"), 256, 8), target("sm_90")))
+    found = compile_module(job(spec, choose(spec, target("sm_90"), 256, 8), target("sm_90")))
     assert not found.problems(target("sm_90"))
     assert found.main.count("HGMMA") > 0
 
 
 def test_combine_compiles_with_what_it_starts_before() -> None:
-    found = compile_module(Job(CombineSpec(1152, 2, "bfloat16"), None, target("sm_90")))
+    found = compile_module(job(CombineSpec(1152, 2, "bfloat16"), None, target("sm_90")))
     assert [one.kernel.rpartition(".")[2] == "invert" for one in found.kernels] == [True, False]
+    assert not found.problems(target("sm_90"))
+
+
+def test_tile_map_compiles() -> None:
+    found = compile_module(tile_map_job(target("sm_90"), 128))
     assert not found.problems(target("sm_90"))
 
 
@@ -87,7 +101,7 @@ def test_a_failing_compilation_is_a_reason() -> None:
 def test_spills_and_shared_memory_are_problems() -> None:
     spec = down_projection()
     wide = Schedule(128, 256, 128, 4, 3, 8)
-    (found,) = compile_all([Job(spec, wide, target("sm_90"))])
+    (found,) = compile_all([job(spec, wide, target("sm_90"))])
     assert isinstance(found, Compiled)
     problems = " ".join(found.problems(target("sm_90")))
     assert "spills" in problems
@@ -96,7 +110,7 @@ def test_spills_and_shared_memory_are_problems() -> None:
 
 def test_results_are_kept_and_damaged_ones_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOEFX_CACHE_DIR", str(tmp_path))
-    one = Job(CombineSpec(64, 1, "float32"), None, target("sm_80"))
+    one = job(CombineSpec(64, 1, "float32"), None, target("sm_80"))
     first = compile_module(one)
     assert (first.folder / "kernel.cubin").stat().st_size > 0
     kept = first.folder / "resources.json"
@@ -112,7 +126,7 @@ def test_without_a_cache_folder_results_are_still_had(tmp_path: Path, monkeypatc
     blocker = tmp_path / "file"
     blocker.write_text("")
     monkeypatch.setenv("MOEFX_CACHE_DIR", str(blocker))
-    found = compile_module(Job(CombineSpec(32, 1, "float32"), None, target("sm_80")))
+    found = compile_module(job(CombineSpec(32, 1, "float32"), None, target("sm_80")))
     assert (found.folder / "kernel.cubin").exists()
 
 
