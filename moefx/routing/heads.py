@@ -42,8 +42,8 @@ class HeadGate(KeepFloat32):
         device: as for any module.
 
     Attributes:
-        record: load, probabilities and loss terms over the h_r routed heads; None if there are none. The paper's
-            balance loss is k times ours (it counts f per token).
+        record: load, probabilities and loss terms over the h_r routed heads; None if there are none. The balance loss
+            has coefficient 0.01·k: the paper counts f per token, so that Σ f = k, and takes 0.01.
     """
 
     order: Tensor
@@ -64,8 +64,7 @@ class HeadGate(KeepFloat32):
         routed = num_heads - shared
         self.num_heads, self.shared, self.routed = num_heads, shared, routed
         self.top_k = routed if top_k is None else top_k
-        first = list(range(shared)) if shared_heads is None else list(shared_heads)
-        _check(num_heads, shared, self.top_k, first)
+        layout = _layout(num_heads, shared, self.top_k, shared_heads).to(device)
 
         def rows(n: int) -> nn.Parameter:
             draw = torch.randn(n, dim, generator=generator) * std if std else torch.zeros(n, dim)
@@ -74,10 +73,8 @@ class HeadGate(KeepFloat32):
         self.shared_weight = rows(shared) if shared else None
         self.routed_weight = rows(routed) if routed and self.top_k else None
         self.balance_weight = rows(2) if shared and routed and self.top_k else None
-        # Column j of the computed gates (shared first) belongs to head layout[j]; `order` is the inverse.
-        layout = torch.tensor(first + [h for h in range(num_heads) if h not in set(first)], device=device)
         self.register_buffer("order", layout.argsort())  # saved: the rows of the routers mean nothing without it
-        self.record = RoutingRecord(routed, device=device) if self.routed_weight is not None else None
+        self.record = _record(routed, self.top_k, device) if self.routed_weight is not None else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the gates ``[B, T, H]`` (float32; float64 for float64 input) of ``x`` ``[B, T, D]``."""
@@ -112,33 +109,103 @@ class HeadGate(KeepFloat32):
         return f"heads={self.num_heads}, shared={self.shared}, routed={self.routed}, top_k={self.top_k}"
 
 
+class QueryGate(KeepFloat32):
+    """Gates ``[B, T, H]`` of 1 and 0 without parameters: the heads whose queries are longest are on.
+
+    How MoH converts a trained model (continue-tuning of LLaMA3-8B: half of the heads shared, 8 of 16 routed)::
+
+        z = ‖q_i‖ / std_j ‖q_j‖          over the routed heads
+        g_i = 1 + p_i − stopgrad(p_i)    p = softmax(z), for the k routed heads with the largest z, else 0
+
+    Shared heads have gate 1. The straight-through term is zero in value; it carries a gradient to the queries.
+
+    Args:
+        num_heads: H.
+        shared: h_s, always on; which ones is ``shared_heads``, None means the first.
+        top_k: k routed heads per token; None means all, which is the identity.
+        shared_heads: indices of the shared heads.
+        device: as for any module.
+
+    Attributes:
+        record: statistics over the routed heads, balance coefficient 0.01·k; None if there are none.
+    """
+
+    layout: Tensor
+    order: Tensor
+
+    def __init__(
+        self,
+        num_heads: int,
+        *,
+        shared: int = 0,
+        top_k: int | None = None,
+        shared_heads: Sequence[int] | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.shared, self.routed = num_heads, shared, num_heads - shared
+        self.top_k = self.routed if top_k is None else top_k
+        layout = _layout(num_heads, shared, self.top_k, shared_heads).to(device)
+        self.register_buffer("layout", layout)
+        self.register_buffer("order", layout.argsort())
+        self.record = _record(self.routed, self.top_k, device) if self.routed and self.top_k else None
+
+    def forward(self, q: Tensor) -> Tensor:
+        """Return the gates of queries ``[B, T, H, d]``, in float32 (float64 for float64 queries)."""
+        norms = torch.linalg.vector_norm(q, dim=-1, dtype=at_least_float32(q)).index_select(-1, self.layout)
+        shared, routed = norms.split([self.shared, self.routed], dim=-1)
+        gates = torch.zeros_like(routed)
+        if self.record is not None:
+            spread = routed.std(-1, keepdim=True, correction=int(self.routed > 1))
+            z = routed / spread.clamp_min(torch.finfo(spread.dtype).eps)
+            heads = top_k(z.detach(), self.top_k)
+            gates = gates.scatter(-1, heads, normalise(z, heads, "ste"))
+            self.record.update(z.flatten(0, -2), heads.flatten(0, -2), "ste")
+        return torch.cat([torch.ones_like(shared), gates], dim=-1).index_select(-1, self.order)
+
+    def extra_repr(self) -> str:
+        """Describe the gate in ``print(model)``."""
+        return f"heads={self.num_heads}, shared={self.shared}, routed={self.routed}, top_k={self.top_k}"
+
+
+def _record(routed: int, k: int, device: torch.device | str | None) -> RoutingRecord:
+    return RoutingRecord(routed, device=device, coefficients={"balance": 0.01 * k})
+
+
 def apply_head_gates(y: Tensor, gates: Tensor) -> Tensor:
     """Multiply each head's output by its gate, before the output projection.
 
     Args:
         y: ``[B, T, H·d]``, heads in order.
-        gates: ``[B, T, H]``.
+        gates: ``[B, T, H]``, or one row for all tokens or samples.
 
     Returns:
         ``[B, T, H·d]`` in the dtype of ``y``; the product is taken in the wider of the two dtypes.
     """
     heads = gates.shape[-1]
-    if y.shape[-1] % heads or y.shape[:-1] != gates.shape[:-1]:
+    fits = all(own in (1, size) for own, size in zip(gates.shape[:-1], y.shape[:-1], strict=False))
+    if y.shape[-1] % heads or gates.ndim != y.ndim or not fits:
         raise InputError(
             "gate attention heads",
             found=f"outputs {tuple(y.shape)}, gates {tuple(gates.shape)}",
             do="pass [B, T, H*d] and [B, T, H]",
         )
-    y_BTHd = y.reshape(*gates.shape, y.shape[-1] // heads)
+    y_BTHd = y.reshape(*y.shape[:-1], heads, y.shape[-1] // heads)
     return (y_BTHd * gates.unsqueeze(-1)).reshape(y.shape).to(y.dtype)
 
 
-def _check(num_heads: int, shared: int, k: int, first: Sequence[int]) -> None:
-    routed = num_heads - shared
-    sound = 0 <= shared <= num_heads and 0 <= k <= routed and shared + k > 0
+def _layout(num_heads: int, shared: int, k: int, shared_heads: Sequence[int] | None) -> Tensor:
+    """Return which head column j of the computed gates belongs to: the shared ones first. Its argsort is the inverse.
+
+    Raises:
+        OptionError: an impossible number or choice of heads.
+    """
+    first = list(range(shared)) if shared_heads is None else list(shared_heads)
+    sound = 0 <= shared <= num_heads and 0 <= k <= num_heads - shared and shared + k > 0
     if not sound or len(set(first)) != shared or any(not 0 <= head < num_heads for head in first):
         raise OptionError(
-            f"{shared} shared heads {list(first)} and {k} of {routed} routed",
+            f"{shared} shared heads {first} and {k} of {num_heads - shared} routed",
             found=f"{num_heads} heads",
             do="0 <= shared <= heads, 0 <= top_k <= heads - shared, at least one active, shared_heads distinct",
         )
+    return torch.tensor(first + [h for h in range(num_heads) if h not in set(first)])

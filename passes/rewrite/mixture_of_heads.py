@@ -1,40 +1,71 @@
-"""Mixture of heads: a gate for every token and attention head, in front of the output projection.
+"""Mixture of heads: a gate for every attention head, in front of the output projection.
 
-Source: MoH, arXiv 2410.11842, with the scale factors of the released code. At its start (zero routers, all heads
-active) every gate is exactly 1 and the attention is the dense one.
+Sources: MoH, arXiv 2410.11842, with the scale factors of the released code, and its continue-tuning variant (heads
+chosen by the length of their queries); DyDiT, arXiv 2410.03456 (heads switched by the timestep). Each has a start at
+which every gate is exactly 1 and the attention is the dense one.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field, model_validator
 from torch import nn
-from torch.fx import Node
 
 from moefx.graph.splice import Splice
+from moefx.passes.analysis.attention import Stream
 from moefx.passes.analysis.site import Kind, Site
-from moefx.passes.rewrite.base import Context, Contract, Costs, Edit, Options, SitePass, register_pass
-from moefx.routing.heads import HeadGate, apply_head_gates
+from moefx.passes.rewrite.attention import (
+    count_heads,
+    first_node,
+    gates_of,
+    multiply_heads,
+    output_streams,
+    reader,
+    refuse_heads,
+    refuse_queries,
+    split_heads,
+)
+from moefx.passes.rewrite.base import Context, Contract, Costs, Edit, SitePass, register_pass
+from moefx.passes.rewrite.thresholds import TIMESTEP_WIDTH, ThresholdOptions, threshold_gate
+from moefx.routing.heads import HeadGate, QueryGate
 
 CHILD = "head_gate"
 
 
-class MixtureOfHeadsOptions(Options):
+class MixtureOfHeadsOptions(ThresholdOptions):
     """Options of :class:`MixtureOfHeads`."""
 
-    shared_heads: int = Field(0, ge=0, description="heads that are always on")
-    active_heads: int | None = Field(None, ge=0, description="routed heads per token; None: all, the exact start")
+    router_input: Literal["token", "query", "timestep"] = Field(
+        "token", description="what chooses the heads: the token, the length of its queries, or the timestep"
+    )
+    shared_heads: int | float = Field(0, ge=0, description="heads that are always on: how many, or below 1.0 a share")
+    active_heads: int | float | None = Field(
+        None, ge=0, description="routed heads per token: how many, or a share of all; None: all, the exact start"
+    )
     router_std: float = Field(0.0, ge=0, description="standard deviation of the routers; 0: gates of exactly 1")
     max_error: float = Field(1.0, gt=0, description="refuse a start further from the dense model than this")
     every: int = Field(1, ge=1, description="rewrite every n-th matching site")
 
     @model_validator(mode="after")
     def _some_head(self) -> MixtureOfHeadsOptions:
-        if self.shared_heads == 0 and self.active_heads == 0:
+        if self.router_input != "timestep" and self.shared_heads == 0 and self.active_heads == 0:
             raise ValueError("no head is active: shared_heads and active_heads are both 0")
+        if self.router_input == "timestep" and (self.shared_heads != 0 or self.active_heads is not None):
+            raise ValueError("heads switched by the timestep have a budget, no shared_heads and active_heads")
+        for name, value in (("shared_heads", self.shared_heads), ("active_heads", self.active_heads)):
+            if isinstance(value, float) and value > 1:
+                raise ValueError(f"{name} = {value} is no share; use an integer for a number of heads")
         return self
+
+    def counts(self, heads: int) -> tuple[int, int | None]:
+        """Return how many of ``heads`` are shared, and how many routed ones are active (None: all)."""
+        shared, active = self.shared_heads, self.active_heads
+        return _count(shared, heads), None if active is None else _count(active, heads)
+
+
+def _count(wanted: int | float, heads: int) -> int:
+    return wanted if isinstance(wanted, int) else round(wanted * heads)
 
 
 @register_pass
@@ -42,7 +73,7 @@ class MixtureOfHeads(SitePass):
     """Gate the heads of an attention."""
 
     name = "mixture-of-heads"
-    summary = "attention -> a gate per token and head before the output projection; exact at zero routers and all heads"
+    summary = "attention -> a gate per head before the output projection; exact while all heads are on"
     site_kind: ClassVar[Kind] = "attention"
     requires = frozenset({"attention-sites"})
     provides = frozenset({"routed-heads"})
@@ -50,93 +81,108 @@ class MixtureOfHeads(SitePass):
     Options = MixtureOfHeadsOptions
     options: MixtureOfHeadsOptions
 
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """The timestep, if it chooses the heads."""
+        return ("timestep",) if self.options.router_input == "timestep" else ()
+
     def refusal(self, site: Site) -> str:
         """Return why the heads of this attention cannot be gated."""
-        o = self.options
-        if site.dead:
-            return "its result feeds nothing that is returned"
-        if not _gated_streams(site):
-            return "no output projection reads the heads, so gates have no place"
-        for stream in _gated_streams(site):
-            pre = stream.out.pre.meta["val"]
-            if pre.ndim != 3 or stream.x.meta["val"].ndim != 3 or pre.shape[:2] != stream.x.meta["val"].shape[:2]:
-                return "queries and outputs are not one row per token"
-            if pre.shape[-1] % int(site.shapes["head_dim"]):
-                return f"its output has {pre.shape[-1]} features, which are no heads of {site.shapes['head_dim']}"
-        heads = _heads(site)
-        if o.shared_heads + (o.active_heads or 0) > heads or o.shared_heads > heads:
-            return f"{o.shared_heads} shared and {o.active_heads} routed heads of only {heads}"
-        return ""
+        o, problem = self.options, refuse_heads(site)
+        if problem:
+            return problem
+        heads = count_heads(site)
+        if o.router_input == "timestep":
+            return "" if heads > 1 else "it has a single head, which stays on"
+        shared, active = o.counts(heads)
+        if shared + (active or 0) > heads:
+            return f"{shared} shared and {active} routed heads of only {heads}"
+        if shared + (1 if active is None else active) == 0:
+            return f"no head of {heads} would be active"
+        return refuse_queries(site) if o.router_input == "query" else ""
 
     def contract(self) -> Contract:
         """Exact at the identity start."""
-        if self.options.active_heads is None and self.options.router_std == 0:
-            return Contract("exact", 0.0, "zero routers and all heads active: every gate is 1")
-        return Contract("approximate", self.options.max_error, "heads are dropped or weighted")
+        o = self.options
+        if o.router_input == "timestep":
+            return o.threshold_contract("head")
+        if o.active_heads is None and (o.router_std == 0 or o.router_input == "query"):
+            return Contract("exact", 0.0, "all heads active, and gates of 1")
+        return Contract("approximate", o.max_error, "heads are dropped or weighted")
 
     def costs(self, site: Site, tap_width: int = 0) -> Costs:
         """Return the gates' parameters and multiply-adds per token; heads that are off save nothing until lowered."""
-        o, heads = self.options, _heads(site)
+        o, heads = self.options, count_heads(site)
+        if o.router_input == "query":
+            return Costs(0, 0, 0, 0)
+        if o.router_input == "timestep":
+            return Costs(0, (heads - 1) * ((tap_width or TIMESTEP_WIDTH) + 1), 0, 0)
         width = int(site.shapes["x"][-1])
-        routed = heads - o.shared_heads
-        gate = width * (heads + (2 if o.shared_heads and routed else 0)) * len(_gated_streams(site))
+        shared, active = o.counts(heads)
+        routed = heads - shared if active != 0 else 0
+        gate = width * (shared + routed + (2 if shared and routed else 0)) * len(output_streams(site))
         return Costs(0, gate, 0, gate)
 
     def edit(self, context: Context) -> Edit:
         """Insert the gates into the local graph."""
         splice = Splice(context.graph, self.name)
-        children: dict[str, nn.Module | None] = {}
-        for i, stream in enumerate(_gated_streams(context.site)):
-            name = context.free_name(CHILD, children)
-            gate = self._gate(context, stream, i)
-            children[name] = gate.train(context.graph.root.training)
-            self._insert(splice, stream, name, gate)
+        children = self._switch(context, splice) if self.taps else self._per_token(context, splice)
+        for gate in children.values():
+            assert gate is not None
+            gate.train(context.graph.root.training)
         return Edit(routed=nn.ModuleDict({k: v for k, v in children.items() if v is not None}), children=children)
 
-    def _gate(self, context: Context, stream: Any, index: int) -> HeadGate:
-        o = self.options
-        return HeadGate(
+    def _per_token(self, context: Context, splice: Splice) -> dict[str, nn.Module | None]:
+        """Give each token stream its own gate."""
+        children: dict[str, nn.Module | None] = {}
+        heads = count_heads(context.site)
+        for i, stream in enumerate(output_streams(context.site)):
+            name = context.free_name(CHILD, children)
+            children[name] = self._gate(context, stream, i)
+            around = reader(stream)
+            assert stream.q is not None
+            by_query = self.options.router_input == "query"
+            argument = split_heads(splice, stream.q, heads, around=around) if by_query else stream.x
+            multiply_heads(splice, stream, gates_of(splice, name, (argument,), heads, around=around))
+        return children
+
+    def _gate(self, context: Context, stream: Stream, index: int) -> nn.Module:
+        o, heads = self.options, count_heads(context.site)
+        shared, active = o.counts(heads)
+        device = next(context.graph.root.parameters()).device
+        if o.router_input == "query":
+            return o.with_losses(QueryGate(heads, shared=shared, top_k=active, device=device))
+        gate = HeadGate(
             int(stream.x.meta["val"].shape[-1]),
-            _heads(context.site),
-            shared=o.shared_heads,
-            top_k=o.active_heads,
+            heads,
+            shared=shared,
+            top_k=active,
             std=o.router_std,
             generator=context.generator(f"heads{index}"),
-            device=next(context.graph.root.parameters()).device,
+            device=device,
         )
+        return o.with_losses(gate)
 
-    def _insert(self, splice: Splice, stream: Any, name: str, gate: HeadGate) -> None:
-        pre: Node = stream.out.pre
-        around = stream.out.node if pre in stream.out.node.all_input_nodes else _reader(pre, stream.out.node)
-        value = pre.meta["val"]
-        with value.fake_mode:
-            gates_value = torch.empty((*value.shape[:-1], gate.num_heads), dtype=torch.float32, device=value.device)
-        gates = splice.call_module(name, (stream.x,), around=around, val=gates_value)
-        gated = splice.call_function(apply_head_gates, (pre, gates), around=around)
-        around.replace_input_with(pre, gated)
-
-
-def _heads(site: Site) -> int:
-    """Count the heads of the output: under grouped queries they outnumber those of keys and values."""
-    return int(_gated_streams(site)[0].out.pre.meta["val"].shape[-1]) // int(site.shapes["head_dim"])
+    def _switch(self, context: Context, splice: Splice) -> dict[str, nn.Module | None]:
+        """Give all token streams one gate: a head that is off is off in all, with its keys and values."""
+        heads, streams = count_heads(context.site), output_streams(context.site)
+        name = context.free_name(CHILD)
+        around = first_node([reader(stream) for stream in streams])
+        gates = gates_of(splice, name, (streams[0].x, context.taps["timestep"]), heads, around=around)
+        gates.meta["val"] = gates.meta["val"][:, :1]
+        for stream in streams:
+            multiply_heads(splice, stream, gates)
+        return {name: threshold_gate(self.options, context, heads, cost=_cost(context.site))}
 
 
-def _gated_streams(site: Site) -> list[Any]:
-    return [s for s in site.operands["streams"] if s.out is not None and s.q is not None]
-
-
-def _reader(pre: Node, projection: Node) -> Node:
-    """Return the node between ``pre`` and a shared projection that reads ``pre``: the concatenation."""
-    return next(user for user in pre.users if _leads_to(user, projection))
-
-
-def _leads_to(node: Node, target: Node) -> bool:
-    seen, stack = set(), [node]
-    while stack:
-        at = stack.pop()
-        if at is target:
-            return True
-        if at not in seen:
-            seen.add(at)
-            stack.extend(at.users)
-    return False
+def _cost(site: Site) -> float:
+    """Return the multiply-adds of an attention with all its heads in the example run."""
+    query, key = site.operands["q"].meta["val"], site.operands["k"].meta["val"]
+    keys = float(key.numel()) / (int(query.shape[0]) * int(site.shapes["kv_heads"]) * int(site.shapes["head_dim"]))
+    total = 2.0 * float(query.numel()) * keys
+    for stream in site.operands["streams"]:
+        parts = [part.width for part in (stream.q, stream.k, stream.v) if part is not None]
+        total += float(stream.x.meta["val"].numel()) * sum(parts)
+        if stream.out is not None:
+            total += float(stream.out.pre.meta["val"].numel()) * int(stream.out.node.meta["val"].shape[-1])
+    return total

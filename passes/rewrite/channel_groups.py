@@ -1,0 +1,90 @@
+"""Channel groups: the timestep switches groups of a feed-forward network's hidden neurons on and off.
+
+Source: DyDiT, arXiv 2410.03456. At its start every group is on and the network is the dense one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+from pydantic import Field
+from torch import nn
+
+from moefx.passes.analysis.site import Kind, Site
+from moefx.passes.rewrite.base import Context, Contract, Costs, Edit, SitePass, register_pass
+from moefx.passes.rewrite.cut import cannot_cut, mixes_tokens, splice_ffn
+from moefx.passes.rewrite.dense import dense_weights, ffn_counts, ffn_sizes, hidden_function, unshare
+from moefx.passes.rewrite.thresholds import TIMESTEP_WIDTH, ThresholdOptions, threshold_gate
+from moefx.routing.channels import ChannelGroups
+from moefx.routing.layout import OnAxis
+
+
+class ChannelGroupsOptions(ThresholdOptions):
+    """Options of :class:`ChannelGroupsPass`."""
+
+    groups: int = Field(8, ge=2, description="groups of hidden neurons; the first is always on")
+    max_error: float = Field(1.0, gt=0, description="refuse a start further from the dense model than this")
+    every: int = Field(1, ge=1, description="rewrite every n-th matching site")
+
+
+@register_pass
+class ChannelGroupsPass(SitePass):
+    """Gate groups of hidden neurons."""
+
+    name = "channel-groups"
+    summary = "FFN -> groups of hidden neurons, switched by the timestep; exact while all are on"
+    site_kind: ClassVar[Kind] = "ffn"
+    requires = frozenset({"ffn-sites"})
+    provides = frozenset({"routed-channels"})
+    preserves = frozenset({"attention-sites", "block-sites"})
+    Options = ChannelGroupsOptions
+    options: ChannelGroupsOptions
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """The timestep."""
+        return ("timestep",)
+
+    def refusal(self, site: Site) -> str:
+        """Return why the neurons of this FFN cannot be grouped."""
+        if site.dead:
+            return "its result feeds nothing that is returned"
+        if mixes_tokens(site):
+            return "a depthwise convolution between its projections"
+        if any(rate > 0 for rate in site.operands.get("dropout", ())):
+            return "an active dropout inside it; set its rate to 0 first"
+        hidden, groups = ffn_sizes(site)[1], self.options.groups
+        if hidden % groups:
+            divisors = [g for g in range(2, 65) if hidden % g == 0]
+            return f"its width {hidden} is not divisible by groups = {groups}; possible: {divisors}"
+        return "" if site.region_is_module else cannot_cut(site)
+
+    def contract(self) -> Contract:
+        """Exact while every group is on."""
+        return self.options.threshold_contract("group")
+
+    def costs(self, site: Site, tap_width: int = 0) -> Costs:
+        """Return the gate's parameters; groups that are off save nothing until they are cut out of the weights."""
+        parameters, compute = ffn_counts(site)
+        gate = (self.options.groups - 1) * ((tap_width or TIMESTEP_WIDTH) + 1)
+        return Costs(parameters, parameters + gate, compute, compute)
+
+    def edit(self, context: Context) -> Edit:
+        """Build the grouped FFN from the dense weights, and wire it in where it is not a module of its own."""
+        o, site = self.options, context.site
+        dense = dense_weights(site, context.graph)
+        if "rest" in site.operands:
+            dense = replace(dense, b_out=None)
+        positions = float(site.operands["x"].meta["val"].numel() // int(site.shapes["D"]))
+        gate = threshold_gate(o, context, o.groups, cost=positions * ffn_counts(site)[1])
+        routed: nn.Module = ChannelGroups(dense, hidden_function(site), gate, o.groups)
+        axis = int(site.shapes["axis"])
+        if axis != len(site.shapes["x"]) - 1:
+            routed = OnAxis(routed, axis)
+        routed = unshare(routed, context.graph.root).train(context.graph.root.training)
+        return (
+            Edit(routed=routed)
+            if context.whole
+            else Edit(routed=routed, children=splice_ffn(context, self.name, routed))
+        )

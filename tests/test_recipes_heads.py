@@ -1,0 +1,165 @@
+"""Recipes that switch heads and channels: exact at their start, equal to their equations away from it."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import moefx
+from examples.dit import DiT
+from examples.randomise import randomise_zeros
+from moefx import zoo
+from moefx.errors import OptionError
+from moefx.graph.inputs import synthesise
+from moefx.routing.heads import HeadGate, QueryGate
+from moefx.routing.threshold import ThresholdGate
+
+NAMES = [
+    "DiTTransformer2DModel",
+    "SD3Transformer2DModel",
+    "FluxTransformer2DModel",
+    "UNet2DConditionModel",
+    "WanTransformer3DModel",
+    "CogVideoXTransformer3DModel",
+]
+INPUTS = (torch.randn(2, 1, 8, 8).double(), torch.tensor([0.2, 900.0]).double(), torch.tensor([3, 7]))
+
+
+def dit() -> DiT:
+    torch.manual_seed(0)
+    return randomise_zeros(DiT()).double().eval()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("recipe", ["dydit", "moh-tuning"])
+def test_with_everything_on_it_is_the_dense_model(name: str, recipe: str) -> None:
+    model = zoo.tiny(name).eval()
+    dense = copy.deepcopy(model)
+    options = {"groups": 4} if recipe == "dydit" else {"active_heads": None}
+    moefx.transform(model, recipe=recipe, **options)
+    inputs = synthesise(dense, batch=3, seed=9)
+    output = model(**inputs)[0]
+    torch.testing.assert_close(output, dense(**inputs)[0], rtol=1e-5, atol=1e-6)
+    output.square().mean().backward()
+    routers = {n: p for n, p in model.named_parameters() if ".router." in n}
+    assert bool(routers) == (recipe == "dydit")
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in routers.values())
+
+
+def test_switched_heads_and_channels_follow_the_equations() -> None:
+    model = dit()
+    moefx.transform(model, INPUTS, recipe="dydit", groups=4)
+    block = model.blocks[1]
+    heads, ffn = block.head_gate, block.mlp
+    for gate in (heads, ffn.gate):
+        torch.nn.init.normal_(gate.router.bias, generator=torch.Generator().manual_seed(3))
+        torch.nn.init.normal_(gate.router.tap_weight, std=0.5, generator=torch.Generator().manual_seed(4))
+    x, c = torch.randn(2, 16, 64).double(), torch.randn(2, 64).double()
+    with torch.no_grad():
+        found = block(x, c)
+
+        def gates(gate: ThresholdGate) -> torch.Tensor:
+            z = c @ gate.router.tap_weight.double().T + gate.router.bias.double()
+            return torch.cat([torch.ones(2, 1), (z > 0).double()], dim=-1)
+
+        assert 0 < gates(heads)[:, 1:].mean() < 1
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = block.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=-1)
+        attention = model.blocks[1].attn
+        q, k, v = (
+            attention.qkv(block.norm1(x) * (1 + scale_a) + shift_a).reshape(2, 16, 3, 4, 16).permute(2, 0, 3, 1, 4)
+        )
+        heads_out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2) * gates(heads)[:, None, :, None]
+        wanted = x + gate_a * attention.proj(heads_out.reshape(2, 16, 64))
+        mask = gates(ffn.gate).repeat_interleave(64, dim=-1)[:, None]
+        hidden = F.gelu(
+            ((block.norm2(wanted) * (1 + scale_m) + shift_m) @ ffn.w_in.T + ffn.b_in) * mask, approximate="tanh"
+        )
+        wanted = wanted + gate_m * (hidden @ ffn.w_out.T + ffn.b_out)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_heads_with_long_queries_follow_the_equation() -> None:
+    model = dit()
+    moefx.transform(model, INPUTS, recipe="moh-tuning", max_error=10.0)
+    attention = model.blocks[1].attn
+    assert isinstance(attention.head_gate, QueryGate)
+    x = torch.randn(2, 16, 64).double()
+    q, k, v = attention.qkv(x).reshape(2, 16, 3, 4, 16).permute(2, 0, 3, 1, 4)
+    heads = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    longer = q.norm(dim=-1)[:, 2] >= q.norm(dim=-1)[:, 3]  # heads 0 and 1 are shared, one of the other two is on
+    gates = torch.stack([torch.ones(2, 16), torch.ones(2, 16), longer, ~longer], dim=-1).double()
+    wanted = attention.proj((heads * gates.unsqueeze(-1)).reshape(2, 16, 64))
+    torch.testing.assert_close(attention(x), wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_queries_are_read_before_norm_and_rotation() -> None:
+    model = zoo.tiny("FluxTransformer2DModel").double()
+    inputs = synthesise(model)
+    moefx.transform(model, recipe="moh-tuning", max_error=10.0)
+    attention = model.transformer_blocks[0].attn
+    read: list[torch.Tensor] = []
+    attention.head_gate_1.register_forward_hook(lambda _, args, __: read.append(args[0]))
+    x: list[torch.Tensor] = []
+    attention.to_q.register_forward_hook(lambda _, __, out: x.append(out))
+    attention.add_q_proj.register_forward_hook(lambda _, __, out: x.append(out))
+    model(**inputs)
+    assert any(torch.equal(read[0].flatten(-2), value) for value in x)
+
+
+def test_a_head_off_in_joint_attention_is_off_in_both_streams() -> None:
+    model = zoo.tiny("FluxTransformer2DModel").double()
+    moefx.transform(model, recipe="dydit-heads")
+    block = model.transformer_blocks[0]
+    assert sum(isinstance(m, ThresholdGate) for m in block.modules()) == 1
+    torch.nn.init.constant_(block.head_gate.router.bias, -15.0)
+    columns: list[torch.Tensor] = []
+    for projection in (block.attn.to_out[0], block.attn.to_add_out):
+        projection.register_forward_pre_hook(lambda _, args: columns.append(args[0]))
+    model(**synthesise(model))
+    assert len(columns) == 2
+    assert all(c[..., 16:].abs().max() == 0 and c[..., :16].abs().min() > 0 for c in columns)
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    model = zoo.tiny("DiTTransformer2DModel")
+    inputs = synthesise(model)
+    moefx.transform(model, recipe="dydit", groups=4, budget=0.7, router_bias=0.1, warmup=0.5, losses={"budget": 1.0})
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path)
+    again = moefx.load(tmp_path)
+    assert torch.equal(again(**inputs)[0], model(**inputs)[0])
+    gate = next(m for m in again.modules() if isinstance(m, ThresholdGate))
+    assert (gate.budget, gate.target.item(), gate.record.coefficients) == (0.7, pytest.approx(0.7), {"budget": 1.0})
+
+
+def test_budget_is_in_the_auxiliary_loss() -> None:
+    model = zoo.tiny("DiTTransformer2DModel")
+    moefx.transform(model, recipe="dydit", groups=4, budget=0.25)
+    model(**synthesise(model))
+    torch.testing.assert_close(moefx.aux_loss(model).detach(), torch.tensor(2 * 0.75**2))
+    assert moefx.aux_loss(model).requires_grad
+
+
+def test_shares_of_heads_and_illegal_options() -> None:
+    model = zoo.tiny("DiTTransformer2DModel")
+    moefx.transform(model, recipe="moh", shared_heads=0.25, active_heads=0.5, max_error=10.0)
+    gate = next(m for m in model.modules() if isinstance(m, HeadGate))
+    assert (gate.shared, gate.top_k) == (1, 2)
+    assert gate.record.coefficients == {"balance": 0.02}
+    for options in ({"shared_heads": 1.5}, {"router_input": "timestep", "shared_heads": 1}):
+        with pytest.raises(OptionError, match=r"shared_heads|budget"):
+            moefx.plan(zoo.tiny("DiTTransformer2DModel"), recipe="moh", **options)
+
+
+def test_compiles_whole_for_two_batch_sizes() -> None:
+    model = dit()
+    moefx.transform(model, INPUTS, recipe="dydit", groups=4)
+    block = model.blocks[0]
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in (2, 3):
+            x, c = torch.randn(batch, 16, 64).double(), torch.randn(batch, 64).double()
+            torch.testing.assert_close(compiled(x, c), block(x, c))
