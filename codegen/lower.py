@@ -234,7 +234,7 @@ class _Finder:
             dtype=str(x.dtype).removeprefix("torch."),
             bias=named["bias"] is not None,
             gather=named["order"] is not None,
-            top_k=int(named["k"] or 1),
+            top_k=_number(named["k"]),
             precision="ieee" if precise else "tf32",
         )
 
@@ -286,6 +286,12 @@ def _only_data_input(node: fx.Node, name: str, inside: set[fx.Node]) -> bool:
     named = operands(node)
     data = named.pop(_ARGUMENTS[name][0])
     return data in inside and not any(isinstance(arg, fx.Node) and arg in inside for arg in named.values())
+
+
+def _number(value: Any) -> int:
+    """Return a number of slots, which a traced graph holds as a node with a value."""
+    found = value.meta.get("val", value.meta.get("example_value")) if isinstance(value, fx.Node) else value
+    return int(found or 1)
 
 
 def _attribute(root: torch.nn.Module, path: str) -> Any:

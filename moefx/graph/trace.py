@@ -23,7 +23,11 @@ from moefx.graph.tracer import GuidedTracer, NeedsData
 
 
 def trace(
-    model: nn.Module, inputs: Inputs = None, *, leaf: Literal["nn", "children"] = "nn", expand: Collection[str] = ()
+    model: nn.Module,
+    inputs: Inputs = None,
+    *,
+    leaf: Literal["nn", "torch", "children"] = "nn",
+    expand: Collection[str] = (),
 ) -> Graph:
     """Capture ``model`` on one example as a graph.
 
@@ -31,7 +35,8 @@ def trace(
         model: any module, on any device; on ``meta`` no weight is ever materialised.
         inputs: a dict of keyword arguments, a tuple of positional ones, or ``(tuple, dict)``; ``None`` synthesises them
             for models with a known input maker (every diffusers denoiser).
-        leaf: which modules stay nodes: those of ``torch.nn``, or all below ``model`` but the paths in ``expand``.
+        leaf: which modules stay nodes: those of ``torch.nn`` and of moefx, those of ``torch.nn`` alone (``"torch"``: the
+            routed modules show their operators), or all below ``model`` but the paths in ``expand``.
         expand: see ``leaf``.
 
     Raises:

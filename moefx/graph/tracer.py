@@ -327,7 +327,8 @@ class GuidedTracer:
             return False
         if self.leaf == "children":
             return self.paths[id(module)] not in self.expand
-        opaque = type(module).__module__.startswith(("torch.nn.", "torch.ao.", "moefx."))
+        rooms = ("torch.nn.", "torch.ao.") if self.leaf == "torch" else ("torch.nn.", "torch.ao.", "moefx.")
+        opaque = type(module).__module__.startswith(rooms)
         return opaque and not getattr(module, "calls_back", False)
 
     def call_module(self, module: nn.Module, args: Any, kwargs: Any, call: Callable[..., Any]) -> Any:
