@@ -15,6 +15,7 @@ from moefx.model.select import Patterns
 from moefx.model.transform import Clock, check_model, plan_model, transform_model, untransform_model
 from moefx.passes.analysis import Site, analyse
 from moefx.passes.analysis.site import Miss
+from moefx.passes.calibration import Calibration
 from moefx.passes.rewrite import Pass, get_pass
 from moefx.passes.rewrite.order import in_order
 from moefx.recipes import build_passes, get_recipe
@@ -70,6 +71,7 @@ def transform(
     skip: Patterns = None,
     verify: bool = True,
     seed: int = 0,
+    calibration: Calibration | None = None,
     **options: Any,
 ) -> Model:
     """Rewrite a dense model into a routed one, in place, and return it.
@@ -87,6 +89,7 @@ def transform(
         skip: site kinds, names or globs to leave dense.
         verify: check each site and the whole model against the dense original.
         seed: of everything random; the same seed gives the same model.
+        calibration: what :func:`moefx.calibrate` measured; recipes that split a dense network need it.
         options: options of the recipe's passes, such as ``experts=8`` or ``top_k=2``.
 
     Raises:
@@ -101,7 +104,17 @@ def transform(
         raise InputError("transform a model", found=f"verify = {verify!r}", do="pass True or False")
     rules = _rules(recipe, passes, options)
     name = None if passes is not None else get_recipe(recipe).name
-    transform_model(model, inputs, rules, recipe=name, only=only, skip=skip, seed=_seed(seed), verify=verify)
+    transform_model(
+        model,
+        inputs,
+        rules,
+        recipe=name,
+        only=only,
+        skip=skip,
+        seed=_seed(seed),
+        verify=verify,
+        calibration=calibration,
+    )
     return model
 
 

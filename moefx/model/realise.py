@@ -24,6 +24,7 @@ from moefx.model.local import JSON, empty_dicts, local_graph
 from moefx.model.plan import Plan, SitePlan
 from moefx.passes.analysis.local import local_sites, weight_names
 from moefx.passes.analysis.site import Site
+from moefx.passes.calibration import Calibration
 from moefx.passes.rewrite.base import BlockContext, BlockPass, Context, Edit, Forward, Pass, SitePass, get_pass
 
 
@@ -44,7 +45,9 @@ def build_pass(plan: Plan, name: str) -> Pass:
     return get_pass(name)(**options)
 
 
-def realise(model: nn.Module, plan: Plan) -> tuple[list[Change], list[Realised]]:
+def realise(
+    model: nn.Module, plan: Plan, calibration: Calibration | None = None
+) -> tuple[list[Change], list[Realised]]:
     """Build everything that ``plan`` asks for.
 
     Raises:
@@ -54,6 +57,8 @@ def realise(model: nn.Module, plan: Plan) -> tuple[list[Change], list[Realised]]
     changes: list[Change] = []
     built: list[Realised] = []
     rules = {p.name: build_pass(plan, p.name) for p in plan.passes}
+    for rule in rules.values():
+        rule.calibration = calibration
     for site in plan.sites:
         if site.tier == "module":
             rule = rules[site.rule]

@@ -30,6 +30,7 @@ from moefx.model.verify import (
     run,
     run_dense,
 )
+from moefx.passes.calibration import Calibration
 from moefx.passes.rewrite.base import Pass
 
 
@@ -96,10 +97,12 @@ def transform_model(
     skip: Patterns,
     seed: int,
     verify: bool,
+    calibration: Calibration | None = None,
 ) -> nn.Module:
     """Apply ``rules`` to ``model`` in place and return it; a failure leaves it as it was."""
     clock = Clock()
     check_model(model, rules)
+    _check_calibration(rules, calibration)
     graph, plan = plan_model(model, inputs, rules, recipe=recipe, only=only, skip=skip, seed=seed, clock=clock)
     with clock.stage("verify"):
         check_weights(graph, [name for site in plan.sites for name in site.weights])
@@ -110,7 +113,7 @@ def transform_model(
     with clock.stage("verify"):
         before = run_dense(model, *call) if whole else []
     with clock.stage("rewrite"):
-        changes, built = realise(model, plan)
+        changes, built = realise(model, plan, calibration)
     with clock.stage("verify"):
         checks = [*check_sites(built, seed), *check_blocks(model, changes, built, seed)] if whole else []
     # Before anything is changed: warnings may be errors.
@@ -142,6 +145,20 @@ def transform_model(
         undo_changes(model, undos)
         raise
     return model
+
+
+def _check_calibration(rules: Sequence[Pass], calibration: object) -> None:
+    needy = [rule.name for rule in rules if rule.needs_calibration]
+    if needy and calibration is None:
+        raise InputError(
+            f"apply {', '.join(needy)} with these options",
+            found="no calibration",
+            do="pass calibration=moefx.calibrate(model, batches)",
+        )
+    if calibration is not None and not isinstance(calibration, Calibration):
+        raise InputError(
+            "use a calibration", found=f"a {type(calibration).__name__}", do="pass what moefx.calibrate returned"
+        )
 
 
 def _model_bound(graph: Graph, built: Sequence[Realised]) -> float:

@@ -10,7 +10,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -20,6 +20,9 @@ from torch.fx import Node
 from moefx.errors import OptionError, nearest
 from moefx.graph import Graph
 from moefx.passes.analysis.site import Kind, Site
+
+if TYPE_CHECKING:
+    from moefx.passes.calibration import Calibration
 
 
 class Options(BaseModel):
@@ -108,6 +111,9 @@ class Pass(ABC):
         site_kind: which sites it rewrites.
         requires, provides, preserves: facts, from which the order of passes follows.
         Options: its options model.
+
+    ``calibration`` is what the user measured; a pass may take values from it, never the structure that it builds, since
+    a saved model is loaded without.
     """
 
     name: ClassVar[str]
@@ -117,6 +123,7 @@ class Pass(ABC):
     provides: ClassVar[frozenset[str]] = frozenset()
     preserves: ClassVar[frozenset[str]] = frozenset()
     Options: ClassVar[type[Options]] = Options
+    calibration: Calibration | None = None
 
     def __init__(self, **options: Any) -> None:
         self.options = self._validated(options)
@@ -141,6 +148,11 @@ class Pass(ABC):
     def taps(self) -> tuple[str, ...]:
         """Names of the values that this pass needs from elsewhere in the model."""
         return ()
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether these options can only be applied with calibration data."""
+        return False
 
     @abstractmethod
     def refusal(self, site: Site) -> str:
