@@ -63,6 +63,12 @@ class Graph:
         return list(self.fx.nodes)
 
     @property
+    def output_node(self) -> Node:
+        """The node that returns."""
+        output: Node = next(node for node in reversed(self.fx.nodes) if node.op == "output")
+        return output
+
+    @property
     def signature(self) -> Any:
         """The signature of the traced forward."""
         return self.call_spec.signature if self.call_spec else None

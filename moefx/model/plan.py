@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moefx import __version__
 from moefx.errors import UnsafeInputError
+from moefx.passes.analysis.tokens import TokenLayout
 
 SCHEMA = 1
 JSON = dict[str, Any]
@@ -34,8 +35,8 @@ class SitePlan(_Data):
 
     ``module`` is the module that is replaced as a whole, ``block`` the one whose own forward is rewritten (with the
     children in ``expand`` written out); a site has one or both. ``weights`` identify the site inside the block;
-    ``stream`` is the parameter of a block pass that carries the tokens. Counts are per token for compute, in elements
-    for parameters.
+    ``tokens`` says where the tokens of a whole block are, ``layer`` which of the ``layers`` blocks it is. Counts are
+    per token for compute, in elements for parameters.
     """
 
     name: str
@@ -51,7 +52,9 @@ class SitePlan(_Data):
     expand: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
     taps: tuple[TapPlan, ...] = ()
-    stream: str = ""
+    tokens: TokenLayout | None = None
+    layer: int = 0
+    layers: int = 1
     saved_fraction: float = 0.0
     calls: int = 1
     parameters_before: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,10 +19,12 @@ from moefx.model.plan import Cost, PassPlan, Plan, SitePlan, SkippedSite, TapPla
 from moefx.model.realise import find_site
 from moefx.model.select import Patterns, check_patterns, patterns, selected
 from moefx.model.taps import choose_tap
+from moefx.model.whole_block import plan_whole_block
 from moefx.passes.analysis import Facts, analyse
 from moefx.passes.analysis.local import weight_names
 from moefx.passes.analysis.site import Site
-from moefx.passes.rewrite.base import Pass
+from moefx.passes.analysis.tokens import NotByToken
+from moefx.passes.rewrite.base import BlockPass, Pass
 
 
 class Skip(Exception):
@@ -136,7 +137,7 @@ def _plan_site(graph: Graph, facts: Facts, rule: Pass, site: Site) -> SitePlan:
 def _where(graph: Graph, facts: Facts, rule: Pass, site: Site, call: ModuleCall | None) -> dict[str, Any]:
     """Return the fields of a site's plan that say where it is realised."""
     if site.kind == "block":
-        return {"tier": "block", "module": None, **_plan_whole_block(graph, site, call)}
+        return {"tier": "block", "module": None, **_plan_whole_block(facts, rule, site, call)}
     if not (site.region_is_module and site.kind == "ffn"):
         return {"tier": "block", "module": None, **_plan_block(graph, facts, rule, site, site.path)}
     module = {"module": site.path, "module_inputs": _ffn_inputs(site)}
@@ -186,26 +187,17 @@ def _plan_block(graph: Graph, facts: Facts, rule: Pass, site: Site, path: str) -
         path = _parent(path)
 
 
-def _plan_whole_block(graph: Graph, site: Site, call: ModuleCall | None) -> dict[str, Any]:
-    """Find the parameter that carries the block's tokens, and make sure that nothing else comes per token."""
-    if call is None or not isinstance(call.output, Node):
-        raise Skip("it does not return its token stream alone")
-    if sum(c.path == site.path for c in graph.calls) > 1:
-        raise Skip(f"{site.path!r} is called more than once in one forward")
-    module = graph.root.get_submodule(site.path)
-    bound = inspect.signature(module.forward).bind(*call.args, **call.kwargs).arguments
-    stream = next((name for name, value in bound.items() if value is site.operands["stream"]), None)
-    if stream is None:
-        raise Skip("its token stream is not an argument of its own")
-    tokens = site.shapes["x"][1]
-    for name, value in bound.items():
-        for leaf in pytree.tree_leaves(value) if name != stream else ():
-            example = leaf.meta["val"] if isinstance(leaf, Node) else None
-            if isinstance(example, torch.Tensor) and tokens in example.shape:
-                raise Skip(f"its argument {name} {tuple(example.shape)} has one entry per token")
-    inputs = call_inputs(call)
-    local_graph(module, inputs, "children")
-    return {"block": site.path, "block_inputs": inputs, "stream": stream}
+def _plan_whole_block(facts: Facts, rule: Pass, site: Site, call: ModuleCall | None) -> dict[str, Any]:
+    """Find where the block's tokens are, and what follows them."""
+    assert isinstance(rule, BlockPass)
+    try:
+        where = plan_whole_block(facts, site, call)
+    except NotByToken as reason:
+        raise Skip(str(reason)) from None
+    refusal = rule.layout_refusal(where["tokens"])
+    if refusal:
+        raise Skip(refusal)
+    return {**where, "layer": site.operands["layer"], "layers": site.operands["layers"]}
 
 
 def _root_inputs(graph: Graph) -> dict[str, Any]:
@@ -250,7 +242,7 @@ def _block_taps(
     taps = []
     for name in rule.taps:
         node = choose_tap(name, facts, calls[0] if calls else None, local, entry)
-        if node is None:
+        if node is None or not rule.accepts(name, node.meta["val"]):
             return None
         value = node.meta["val"]
         taps.append(TapPlan(name=name, node=node.name, rank=value.ndim, width=value.shape[-1] if value.ndim > 1 else 1))

@@ -6,10 +6,11 @@ returned.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 from torch import nn
 from torch.fx import Node
@@ -20,12 +21,13 @@ from moefx.graph.splice import Splice
 from moefx.graph.verify import verify_graph
 from moefx.model.forward import has_own_forward, make_forward
 from moefx.model.install import Change
-from moefx.model.local import JSON, empty_dicts, local_graph
+from moefx.model.local import JSON, empty_dicts, encode, local_graph
 from moefx.model.plan import Plan, SitePlan
 from moefx.passes.analysis.local import local_sites, weight_names
 from moefx.passes.analysis.site import Site
+from moefx.passes.analysis.tokens import Branch
 from moefx.passes.calibration import Calibration
-from moefx.passes.rewrite.base import BlockContext, BlockPass, Context, Edit, Forward, Pass, SitePass, get_pass
+from moefx.passes.rewrite.base import BlockContext, BlockPass, Context, Edit, Pass, SitePass, get_pass
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,10 @@ def realise(
             change, made = _replace_module(model, site, rule, plan.seed)
             changes.append(change)
             built.append(made)
+    common: dict[str, Any] = {}
     blocks = sorted((s for s in plan.sites if s.tier == "block"), key=lambda s: s.block or "")
     for path, group in groupby(blocks, key=lambda s: s.block or ""):
-        made_changes, mades = _rewrite_block(model, path, list(group), rules, plan.seed)
+        made_changes, mades = _rewrite_block(model, path, list(group), rules, plan.seed, common)
         changes += made_changes
         built += mades
     return changes, built
@@ -116,7 +119,12 @@ def _replace_module(model: nn.Module, plan: SitePlan, rule: SitePass, seed: int)
 
 
 def _rewrite_block(
-    model: nn.Module, path: str, plans: list[SitePlan], rules: dict[str, Pass], seed: int
+    model: nn.Module,
+    path: str,
+    plans: list[SitePlan],
+    rules: dict[str, Pass],
+    seed: int,
+    common: dict[str, Any],
 ) -> tuple[list[Change], list[Realised]]:
     """Rewrite one module's own forward on behalf of all sites that live in it."""
     module = find_module(model, path)
@@ -127,20 +135,19 @@ def _rewrite_block(
     empty = empty_dicts(module, inputs, graph, expand)
     before, read = _targets(graph, "call_module"), _targets(graph, "get_attr")
     children: dict[str, nn.Module | None] = {}
-    wraps: list[Callable[[Forward], Forward]] = []
     made: list[Realised] = []
-    for plan in plans:
+    # Whole blocks first: they know nodes by name, which the others may replace.
+    for plan in sorted(plans, key=lambda p: p.kind != "block"):
         rule = rules[plan.rule]
         taps = {tap.name: _node(graph, tap.node, path) for tap in plan.taps}
         with future_children(module, children):
             if isinstance(rule, BlockPass):
-                realised, edit = _whole_block(graph, plan, rule, seed)
+                realised, edit = _whole_block(model, graph, plan, rule, seed, common)
             else:
                 assert isinstance(rule, SitePass)
                 rewrite = _inline_site if plan.module is None else _tapped_child
                 realised, edit = rewrite(model, graph, plan, rule, taps, seed)
         children |= edit.children
-        wraps += [edit.wrap] if edit.wrap else []
         made.append(realised)
     gone = sorted(before - _targets(graph, "call_module"))
     children |= dict.fromkeys(target for target in gone if "." not in target)
@@ -148,10 +155,7 @@ def _rewrite_block(
     unused = tuple(sorted(t for t in read - _targets(graph, "get_attr") if t in parameters))
     with future_children(module, children):
         verify_graph(graph, f"rewriting {path!r}")
-    forward = make_forward(graph, empty) if len(wraps) < len(plans) else type(module).forward
-    for wrap in wraps:
-        forward = wrap(forward)
-    return [Change(path, children, forward, unused), *_nested(path, gone)], made
+    return [Change(path, children, make_forward(graph, empty), unused), *_nested(path, gone)], made
 
 
 def _nested(path: str, gone: list[str]) -> list[Change]:
@@ -168,10 +172,26 @@ def _targets(graph: Graph, op: str) -> set[str]:
     return {str(node.target) for node in graph.fx.nodes if node.op == op}
 
 
-def _whole_block(graph: Graph, plan: SitePlan, rule: BlockPass, seed: int) -> tuple[Realised, Edit]:
-    """Let the rule wrap the block's forward."""
-    value = _node(graph, plan.stream, plan.block or "").meta["val"]
-    context = BlockContext(module=graph.root, name=plan.name, stream=plan.stream, value=value, seed=seed)
+def _whole_block(
+    model: nn.Module, graph: Graph, plan: SitePlan, rule: BlockPass, seed: int, common: dict[str, Any]
+) -> tuple[Realised, Edit]:
+    """Let the rule run the block on some of its tokens."""
+    assert plan.tokens is not None
+
+    def ffn(branch: Branch) -> tuple[Graph, Site]:
+        inputs = {"args": [encode(_node(graph, branch.node, plan.block or "").args[0])], "kwargs": {}}
+        return capture_module(model, f"{plan.block}.{branch.module}".lstrip("."), inputs)
+
+    context = BlockContext(
+        graph=graph,
+        name=plan.name,
+        layout=plan.tokens,
+        layer=plan.layer,
+        layers=plan.layers,
+        seed=seed,
+        ffn=ffn,
+        common=common.setdefault(rule.name, {}),
+    )
     edit = rule.edit(context)
     return Realised(plan, rule, None, None, edit.routed), edit
 

@@ -1,13 +1,13 @@
 """Routed building blocks: ordinary modules and functions that need no graph.
 
 ``router`` logits, ``select`` the experts, ``normalise`` their gates, ``experts`` stacked FFNs, ``moe`` the routed FFN,
-``heads`` routed attention heads, ``depths`` routed tokens of a block, ``initialise`` starts from dense weights,
+``heads`` routed attention heads, ``tokens`` and ``depths`` routed tokens of a block, ``initialise`` starts from dense weights,
 ``losses`` and ``record`` balance terms and statistics, ``precision`` float32 where it matters.
 """
 
 from moefx.routing import initialise
 from moefx.routing.activation import ACTIVATIONS, Gated, activation
-from moefx.routing.depths import TokenRouter, gather_rows, gather_tokens
+from moefx.routing.depths import TokenRouter, route_tokens
 from moefx.routing.experts import DenseFFN, Experts
 from moefx.routing.heads import HeadGate, apply_head_gates
 from moefx.routing.moe import RoutedFFN, Routing
@@ -15,6 +15,7 @@ from moefx.routing.normalise import MODES, default_mode, normalise
 from moefx.routing.record import RoutingRecord
 from moefx.routing.router import LinearRouter, sinusoidal
 from moefx.routing.select import expand_groups, group_limited_top_k, top_k
+from moefx.routing.tokens import follow, gather_rows, gather_tokens, put_tokens
 from moefx.routing.weights import FFNWeights, random_weights
 
 __all__ = [
@@ -34,12 +35,15 @@ __all__ = [
     "apply_head_gates",
     "default_mode",
     "expand_groups",
+    "follow",
     "gather_rows",
     "gather_tokens",
     "group_limited_top_k",
     "initialise",
     "normalise",
+    "put_tokens",
     "random_weights",
+    "route_tokens",
     "sinusoidal",
     "top_k",
 ]

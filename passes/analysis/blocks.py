@@ -6,12 +6,14 @@ takes their place.
 
 Operands of a site: ``streams``, pairs of the node that enters and the node that leaves; ``stream`` the entering node of
 the main pair; ``sites``, the names of the sub-layers inside; ``repeats``, how many blocks have the same structure, and
-``position`` among them; ``dead_outputs``, leaving streams that feed nothing that is returned.
+``position`` among them; ``layer``, its place among the ``layers`` blocks on the way to the output, in program order;
+``dead_outputs``, leaving streams that feed nothing that is returned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import Any
 
 from torch.fx import Node
@@ -35,14 +37,25 @@ def find_blocks(context: Context, sites: list[Site]) -> list[Match]:
     alike = _alike(context.flow, mapping)
     calls = _chosen(context, mapping, layers, alike)
     if not calls:
-        return _periodic(context, layers)
+        return _numbered(_periodic(context, layers))
     found = []
     for call in calls:
         group = {id(c) for c in alike[id(call)]}
         same = [c for c in calls if id(c) in group]
         inner = [s for s in layers if _within(s, set(call.nodes))]
         found.append(Match(_call_site(context, call, inner, len(same), [id(c) for c in same].index(id(call)))))
-    return found
+    return _numbered(found)
+
+
+def _numbered(found: list[Match]) -> list[Match]:
+    """Number the blocks on the way to the output through all groups of alike ones; others within their group."""
+    main = [m.site for m in found if m.site.role == "main" and not m.site.dead]
+    place = {id(site): (i, len(main)) for i, site in enumerate(main)}
+    numbered = []
+    for site in (m.site for m in found):
+        layer, layers = place.get(id(site), (site.operands["position"], site.operands["repeats"]))
+        numbered.append(Match(replace(site, operands={**site.operands, "layer": layer, "layers": layers})))
+    return numbered
 
 
 def _works(context: Context, call: ModuleCall) -> bool:

@@ -20,6 +20,7 @@ from torch.fx import Node
 from moefx.errors import OptionError, nearest
 from moefx.graph import Graph
 from moefx.passes.analysis.site import Kind, Site
+from moefx.passes.analysis.tokens import Branch, TokenLayout
 
 if TYPE_CHECKING:
     from moefx.passes.calibration import Calibration
@@ -43,19 +44,12 @@ class Contract:
     reason: str
 
 
-Forward = Callable[..., Any]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Edit:
-    """What a pass made of one site: the routed module, and the children that the rewritten module needs.
-
-    ``wrap`` turns the module's forward into the new one, for passes that leave its graph alone.
-    """
+    """What a pass made of one site: the routed module, and the children that the rewritten module needs."""
 
     routed: nn.Module
     children: dict[str, nn.Module | None] = field(default_factory=dict)
-    wrap: Callable[[Forward], Forward] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,13 +83,31 @@ class Context:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockContext:
-    """What a pass over whole blocks may read: the block, the parameter that carries its tokens, and their shape."""
+    """What a pass over whole blocks may read.
 
-    module: nn.Module
+    ``graph`` is the block's own graph with the children that matter written out, ``layout`` says where its tokens are;
+    it is block number ``layer`` of ``layers``. ``ffn`` captures a child of the block alone: its graph and its one site.
+    ``common`` is one dict for all blocks of a transform: what a pass puts there, such as a shared router, they share.
+    """
+
+    graph: Graph
     name: str
-    stream: str
-    value: torch.Tensor
+    layout: TokenLayout
+    layer: int
+    layers: int
     seed: int
+    ffn: Callable[[Branch], tuple[Graph, Site]]
+    common: dict[str, Any]
+
+    @property
+    def stream(self) -> Node:
+        """The node that carries the block's tokens ``[B, T, D]`` when they enter."""
+        return self.node(self.layout.stream)
+
+    def node(self, name: str) -> Node:
+        """Return the node of the block's graph that is called ``name``."""
+        found: Node = next(node for node in self.graph.fx.nodes if node.name == name)
+        return found
 
     def generator(self, purpose: str) -> torch.Generator:
         """Return a generator that depends on the seed, the block's name and ``purpose`` only."""
@@ -149,6 +161,10 @@ class Pass(ABC):
         """Names of the values that this pass needs from elsewhere in the model."""
         return ()
 
+    def accepts(self, tap: str, value: torch.Tensor) -> bool:
+        """Return whether ``value`` will do for ``tap``; if not, a module further out is searched for a better one."""
+        return True
+
     @property
     def needs_calibration(self) -> bool:
         """Whether these options can only be applied with calibration data."""
@@ -183,11 +199,15 @@ class SitePass(Pass):
 
 
 class BlockPass(Pass):
-    """A pass that runs a whole block differently, such as on some of its tokens; the block's inside is untouched."""
+    """A pass that runs a whole block differently, such as on some of its tokens."""
+
+    def layout_refusal(self, layout: TokenLayout) -> str:
+        """Return why a block with this layout cannot be rewritten; ``""`` if it can."""
+        return ""
 
     @abstractmethod
     def edit(self, context: BlockContext) -> Edit:
-        """Return the children to add and how to wrap the block's forward."""
+        """Change ``context.graph``, never its root, and return the children that it now needs."""
 
 
 def _generator(seed: int, name: str, purpose: str) -> torch.Generator:

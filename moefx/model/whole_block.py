@@ -1,0 +1,145 @@
+"""Planning a rewrite of a whole block: which of its arguments follow its tokens, seen on the block captured alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from moefx.errors import CaptureError
+from moefx.graph import Graph, ModuleCall
+from moefx.model.forward import make_forward
+from moefx.model.local import JSON, call_inputs, encode, local_graph
+from moefx.passes.analysis import Facts
+from moefx.passes.analysis.blocks import structure
+from moefx.passes.analysis.site import Site
+from moefx.passes.analysis.tokens import (
+    MORE,
+    NeedsInside,
+    NotByToken,
+    TokenLayout,
+    mixes_neighbours,
+    token_axes,
+    token_layout,
+)
+
+_MOST_EXPANSIONS = 4
+
+
+def plan_whole_block(facts: Facts, site: Site, call: ModuleCall | None) -> dict[str, Any]:
+    """Return the fields of a block's plan that say where it is realised and where its tokens are.
+
+    Raises:
+        NotByToken: it cannot run on some of its tokens.
+        CaptureError, PlanError: it cannot be captured alone.
+    """
+    graph = facts.graph
+    if call is None:
+        raise NotByToken("it is no module of its own")
+    if sum(c.path == site.path for c in graph.calls) > 1:
+        raise NotByToken(f"{site.path!r} is called more than once in one forward")
+    mixed = mixes_neighbours(site, graph)
+    if mixed:
+        raise NotByToken(mixed)
+    outputs = pytree.tree_leaves(call.output)
+    output = next((i for i, leaf in enumerate(outputs) if leaf is site.output), None)
+    if output is None:
+        raise NotByToken("it does not return its token stream as it is")
+    inputs = call_inputs(call)
+    known = facts.graph.facts.setdefault("token layouts", {})
+    key = (call.type_name, str(inputs), structure(facts.context.flow, call.nodes))
+    if key not in known:
+        known[key] = _Block(facts, site, call, inputs).layout(output)
+    else:
+        make_forward(local_graph(graph.root.get_submodule(site.path), inputs, "children", known[key][1]))
+    layout, expand = known[key]
+    return {"block": site.path, "block_inputs": inputs, "tokens": layout, "expand": expand}
+
+
+class _Block:
+    def __init__(self, facts: Facts, site: Site, call: ModuleCall, inputs: JSON) -> None:
+        self.facts, self.site, self.call, self.inputs = facts, site, call, inputs
+        self.module = facts.graph.root.get_submodule(site.path)
+        self.axes = dict(self._following())
+
+    def _following(self) -> Iterator[tuple[Node, tuple[int, ...]]]:
+        """Yield the arguments with an entry per token, and on which axes."""
+        stream: torch.Tensor = self.site.operands["stream"].meta["val"]
+        entries = [entry for entry, _ in self.site.operands["streams"]]
+        leaves = [leaf for leaf in pytree.tree_leaves((self.call.args, self.call.kwargs)) if _is_tensor(leaf)]
+        others = {entry.meta["val"].shape[1] for entry in entries if entry is not self.site.operands["stream"]}
+        others |= {leaf.meta["val"].shape[1] for leaf in leaves if self._is_text(leaf)}
+        for leaf in leaves:
+            if leaf not in entries and not self._is_text(leaf) and not self._per_sample(leaf):
+                axes = token_axes(leaf.meta["val"], stream.shape[1], others, stream.shape[-1])
+                if axes:
+                    yield leaf, axes
+
+    def _is_text(self, leaf: Node) -> bool:
+        found = self.facts.context.classes.of(leaf)
+        return leaf.meta["val"].ndim == 3 and "text" in found and "tokens" not in found
+
+    def _per_sample(self, leaf: Node) -> bool:
+        found = self.facts.context.classes.of(leaf)
+        return leaf.meta["val"].ndim <= 2 and bool(found) and found <= {"timestep", "label"}
+
+    def layout(self, output: int) -> tuple[TokenLayout, tuple[str, ...]]:
+        """Return the layout, and the children that have to be written out for it."""
+        expand: set[str] = set()
+        for _ in range(_MOST_EXPANSIONS):
+            one = local_graph(self.module, self.inputs, "children", expand)
+            two = self._grown(expand)
+            stream, following = self._placeholders(one)
+            try:
+                found = token_layout(one, two, stream, following, output, self._ffns())
+            except NeedsInside as wanted:
+                if wanted.children <= expand:
+                    break
+                expand |= wanted.children
+                continue
+            make_forward(one)
+            return found, tuple(sorted(expand))
+        raise NotByToken("its children cannot be written out")
+
+    def _grown(self, expand: set[str]) -> Graph:
+        """Capture the block with more tokens."""
+
+        def grow(leaf: Any) -> Any:
+            if not _is_tensor(leaf):
+                return leaf
+            axes = (1,) if leaf is self.site.operands["stream"] else self.axes.get(leaf, ())
+            value = leaf.meta["val"]
+            sizes = [size + MORE * (axis in axes) for axis, size in enumerate(value.shape)]
+            return torch.empty(sizes, dtype=value.dtype, device="meta")
+
+        args, kwargs = pytree.tree_map(grow, (self.call.args, self.call.kwargs))
+        inputs = {"args": [encode(a) for a in args], "kwargs": {k: encode(v) for k, v in kwargs.items()}}
+        try:
+            return local_graph(self.module, inputs, "children", expand)
+        except CaptureError as error:
+            raise NotByToken(f"it does not run with another number of tokens: {error.found}") from error
+
+    def _placeholders(self, local: Graph) -> tuple[Node, dict[Node, tuple[int, ...]]]:
+        """Return the placeholder of the stream, and those that follow it."""
+        assert local.call_spec is not None
+        leaves = pytree.tree_leaves(local.call_spec.bind(self.call.args, self.call.kwargs))
+        outer = [leaf for leaf in leaves if _is_tensor(leaf)]
+        inner = [n for n in local.fx.nodes if n.op == "placeholder"]
+        pairs = list(zip(inner, outer, strict=True))
+        stream = next((a for a, b in pairs if b is self.site.operands["stream"]), None)
+        if stream is None:
+            raise NotByToken("its token stream is not an argument of its own")
+        return stream, {a: self.axes[b] for a, b in pairs if b in self.axes}
+
+    def _ffns(self) -> list[str]:
+        """Return the children of the block that are feed-forward networks."""
+        prefix = f"{self.site.path}."
+        ffns = [s for s in self.facts.sites if s.kind == "ffn" and s.region_is_module and s.path.startswith(prefix)]
+        return sorted({s.path.removeprefix(prefix) for s in ffns})
+
+
+def _is_tensor(leaf: Any) -> bool:
+    return isinstance(leaf, Node) and isinstance(leaf.meta.get("val"), torch.Tensor)

@@ -1,0 +1,116 @@
+"""The part that all rewrites of blocks by token share: a router in front, what follows its tokens, a new output."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from moefx.graph import Graph
+from moefx.graph.splice import Splice
+from moefx.passes.rewrite.base import BlockContext
+from moefx.routing.tokens import follow, gather_tokens
+
+
+@dataclass(frozen=True)
+class Routed:
+    """The values of a block that runs on some of its tokens.
+
+    ``x`` [B, T, D] enters; ``index`` [B, C] and ``weights`` [B, T] come from the router; ``chosen`` [B, C, D] is what
+    the block now reads, ``after`` [B, C, D] what it now returns.
+    """
+
+    splice: Splice
+    x: Node
+    index: Node
+    weights: Node
+    chosen: Node
+    after: Node
+
+    def call(self, function: Callable[..., Any], *args: Any, around: Node | None = None) -> Node:
+        """Insert a call, by default at the end of the block."""
+        return self.splice.call_function(function, args, around=around or self.splice.graph.output_node)
+
+
+def run_on_tokens(context: BlockContext, rule: str, child: str, count: int) -> Routed:
+    """Let the block read only the tokens that its future child ``child`` selects.
+
+    Args:
+        context: of the block; its graph is changed.
+        rule: the pass.
+        child: returns a `Selection` of the stream.
+        count: C in the example run.
+    """
+    graph, layout, x = context.graph, context.layout, context.stream
+    splice = Splice(graph, rule)
+    first = next(n for n in graph.fx.nodes if n.op != "placeholder")
+    users = list(x.users)
+    value = x.meta["val"]
+    with value.fake_mode:
+        index_value = torch.empty((value.shape[0], count), dtype=torch.int64, device=value.device)
+        weights_value = torch.empty(value.shape[:2], dtype=torch.float32, device=value.device)
+    selection = splice.call_module(child, (x,), around=first, val=(index_value, weights_value))
+    index = splice.call_function(operator.getitem, (selection, 0), around=first)
+    weights = splice.call_function(operator.getitem, (selection, 1), around=first)
+    chosen = splice.call_function(gather_tokens, (x, index), around=first)
+    for user in users:
+        user.replace_input_with(x, chosen)
+    for item in layout.follows:
+        node = context.node(item.node)
+        readers = [context.node(item.user)] if item.user else list(node.users)
+        around = readers[0] if item.user else first
+        cut = splice.call_function(follow, (node, index, x, item.axes, item.ndim, item.joint), around=around)
+        for reader in readers:
+            reader.replace_input_with(node, cut)
+    _reshape(graph, x, chosen)
+    after = graph.output_node.args[0][layout.output]  # type: ignore[index]
+    assert isinstance(after, Node)
+    return Routed(splice, x, index, weights, chosen, after)
+
+
+def _reshape(graph: Graph, x: Node, chosen: Node) -> None:
+    """Derive the example values of all that is computed from the chosen tokens again."""
+    mode = chosen.meta["val"].fake_mode
+    before = {chosen: x.meta["val"]}
+    for node in graph.fx.nodes:
+        read = before.keys() & set(node.all_input_nodes)
+        if node in before or not read or node.op == "output":
+            continue
+        before[node] = node.meta.get("val")
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+        with mode, torch.no_grad():
+            if node.op == "call_function":
+                node.meta["val"] = node.target(*args, **kwargs)
+            elif node.op == "call_method":
+                node.meta["val"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:  # a child is not run again: it may remember what it saw
+                sizes = dict(pair for n in read for pair in _changes(before[n], n.meta["val"]))
+                node.meta["val"] = pytree.tree_map(functools.partial(_resized, sizes), before[node])
+
+
+def _changes(old: Any, new: Any) -> list[tuple[int, int]]:
+    return list(zip(old.shape, new.shape, strict=True)) if isinstance(old, torch.Tensor) else []
+
+
+def _resized(sizes: dict[int, int], value: Any) -> Any:
+    """Give the axes of tokens, wherever they are between batch and features, their new sizes."""
+    if not isinstance(value, torch.Tensor) or value.ndim < 3:
+        return value
+    middle = [sizes.get(size, size) for size in value.shape[1:-1]]
+    return value.new_empty((value.shape[0], *middle, value.shape[-1]))
+
+
+def set_output(context: BlockContext, node: Node) -> None:
+    """Let the block return ``node`` in the place of its stream."""
+    output = context.graph.output_node
+    leaves = list(output.args[0])  # type: ignore[arg-type]
+    leaves[context.layout.output] = node
+    output.args = (leaves,)
+    context.graph.touch()
