@@ -14,6 +14,7 @@ def dump(
     model: o.Model,
     stage: o.Stage = "tree",
     format: o.Format = None,
+    target: o.Target = None,
     diff: Annotated[
         bool, typer.Option("--diff", help="Show what the rewrite changes instead.", rich_help_panel="Output")
     ] = False,
@@ -42,7 +43,8 @@ def dump(
     """Show a model: blocks, sites, shapes, what is routed and why not.
 
     The default is the region tree, one line per block, repeats folded. Name a recipe to see what it would do;
-    [bold]--stage routed[/bold] applies it to a copy, [bold]--diff[/bold] compares. The same input gives the same bytes.
+    [bold]--stage routed[/bold] applies it to a copy, [bold]--diff[/bold] compares, [bold]--stage lowered[/bold] says which
+    kernels compute it, and why others do not. The same input gives the same bytes.
     """
     with working(o.verbosity(quiet, verbose)):
         from moefx.cli.models import build
@@ -56,6 +58,6 @@ def dump(
         built, given = build(model, config=config, meta=meta, seed=seed, inputs=inputs)
         text = dump_model(
             built, given, stage=stage, format=kind, recipe=recipe, only=only or None, skip=skip or None, seed=seed,
-            depth=depth, diff=diff, explain=explain, **chosen,
+            depth=depth, diff=diff, explain=explain, target=target, **chosen,
         )  # fmt: skip
     emit(text, out)

@@ -10,7 +10,8 @@ import typer
 from moefx.errors import InputError, OptionError
 
 _REWRITE, _OUTPUT, _BUILD = "Rewrite", "Output", "Model"
-STAGE_NAMES = ("tree", "graph", "sites", "plan", "routed")
+STAGE_NAMES = ("tree", "graph", "sites", "plan", "routed", "lowered", "kernels")
+TARGET_NAMES = ("sm_80", "sm_90", "sm_100", "gfx942")
 FORMAT_NAMES = ("text", "python", "json", "dot", "svg")
 
 
@@ -96,6 +97,15 @@ Stage = Annotated[
     str,
     typer.Option(
         "--stage", help=f"What to show: {', '.join(STAGE_NAMES)}.", autocompletion=_stages, rich_help_panel=_OUTPUT
+    ),
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        help=f"Device of stages lowered and kernels: {', '.join(TARGET_NAMES)}.",
+        autocompletion=lambda incomplete: _starting(list(TARGET_NAMES), incomplete),
+        rich_help_panel=_OUTPUT,
     ),
 ]
 Format = Annotated[

@@ -22,6 +22,7 @@ from moefx.inspect.stages import (
     applied_marks,
     dense_graph,
     graph_of,
+    opened_graph,
     plan_marks,
     plan_of,
     routed_graph,
@@ -38,6 +39,8 @@ STAGES: dict[str, tuple[str, ...]] = {
     "sites": ("text", "json"),
     "plan": ("text", "json"),
     "routed": ("text", "python", "json", "dot", "svg"),
+    "lowered": ("text", "json"),
+    "kernels": ("python", "json"),
 }
 FORMATS = ("text", "python", "json", "dot", "svg")
 
@@ -55,6 +58,7 @@ def dump(
     depth: int | None = None,
     diff: bool = False,
     explain: str | None = None,
+    target: str | None = None,
     **options: Any,
 ) -> str:
     """Return a model, or what a recipe makes of it, as text; nothing is changed.
@@ -65,8 +69,9 @@ def dump(
     Args:
         model_or_graph: a model, or a graph from :func:`moefx.trace`.
         inputs: example inputs of a model; synthesised for diffusers denoisers.
-        stage: ``tree`` (the region tree), ``graph`` (every operation), ``sites``, ``plan``, or ``routed`` (the region
-            tree after the rewrite).
+        stage: ``tree`` (the region tree), ``graph`` (every operation), ``sites``, ``plan``, ``routed`` (the region
+            tree after the rewrite), ``lowered`` (which routed regions have kernels, and why others have none), or
+            ``kernels`` (the emitted sources).
         format: ``text``, ``python`` (a listing to read), ``json`` (docs/dump-schema.md), ``dot`` or ``svg``.
         recipe: a rewrite to note in the tree, to plan or to apply to a copy; ``options`` are its options.
         only: sites to rewrite, as in :func:`moefx.transform`; ``skip`` those not to.
@@ -75,6 +80,7 @@ def dump(
         depth: levels of the tree to show; all by default.
         diff: return the difference that the rewrite makes instead, as a unified diff of the stage's text.
         explain: return why the site, module or node of this name (or glob) matched, or what came nearest, instead.
+        target: the device of stages ``lowered`` and ``kernels``, such as ``"sm_90"`` (the default); none need be here.
 
     Raises:
         OptionError: an unknown stage or format, or a format that the stage does not have.
@@ -93,7 +99,7 @@ def dump(
         if kind == "text":
             return explanation.text()
         return schema.to_text(schema.head("explain") | {"model": schema.model(graph)} | explanation.json())
-    return _WRITERS[stage](_View(graph, request, kind, depth))
+    return _WRITERS[stage](_View(graph, request, kind, depth, stage, target))
 
 
 def check_stage(stage: str, format: str | None) -> str:
@@ -120,6 +126,8 @@ class _View:
     request: Request
     format: str
     depth: int | None = None
+    stage: str = "tree"
+    target: str | None = None
 
 
 def _marks(graph: Graph, request: Request) -> dict[str, str]:
@@ -169,18 +177,26 @@ def _routed(view: _View) -> str:
     return _tree(_View(graph, view.request, view.format, view.depth), stage="routed", marks=applied_marks(graph.root))
 
 
+def _kernels(view: _View) -> str:
+    from moefx.inspect.lowered import write  # which loads the kernel compiler's rooms
+
+    return write(opened_graph(view.graph, view.request), view.stage, view.format, view.target)
+
+
 _WRITERS: dict[str, Callable[[_View], str]] = {
     "tree": _tree,
     "graph": _graph,
     "sites": _sites,
     "plan": _plan,
     "routed": _routed,
+    "lowered": _kernels,
+    "kernels": _kernels,
 }
 
 
 def _diff(graph: Graph, stage: str, format: str | None, request: Request, depth: int | None) -> str:
     """Return what the rewrite changes in the text of a stage."""
-    if stage == "plan" or format not in (None, "text", "python", "json"):
+    if stage in ("plan", "lowered", "kernels") or format not in (None, "text", "python", "json"):
         raise OptionError(
             f"show the difference in stage {stage!r} as {format or 'text'!r}",
             found="there are differences of tree, graph and sites, as text, python or json",

@@ -96,6 +96,12 @@ def routed_graph(graph: Graph, request: Request) -> Graph:
         return _routed(copy.deepcopy(graph.root), graph, request)
 
 
+def opened_graph(graph: Graph, request: Request) -> Graph:
+    """Return the graph after the rewrite that was asked for, with the operators of routed modules in it."""
+    routed = routed_graph(graph, request)
+    return trace(routed.root, _inputs(routed), leaf="torch")
+
+
 def dense_graph(graph: Graph) -> Graph:
     """Return the graph before the rewrites that were already made; ``graph`` itself if there are none."""
     if handle_of(graph.root) is None:
