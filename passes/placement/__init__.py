@@ -1,13 +1,14 @@
 """Placement: where experts live.
 
 ``topology`` devices and links, ``collect`` and ``trace`` what the routers did, ``dims`` the model's sizes and the
-budget, ``strategy`` the registry, ``placement`` the result; one file per strategy. ``moefx.parallel`` carries it out.
+budget, ``methods`` the strategies, one file each, ``strategy`` their registry, ``goals`` what they minimise,
+``placement`` the result, ``predict`` what it gives, ``migration`` what moves. ``moefx.parallel`` carries it out.
 """
 
 from __future__ import annotations
 
 from moefx.errors import InputError
-from moefx.passes.placement import contiguous, lpt, minimax_time
+from moefx.passes.placement import methods
 from moefx.passes.placement.collect import TraceCollector, routed_layers
 from moefx.passes.placement.count import trace_of_choices
 from moefx.passes.placement.dims import Budget, ModelDims
@@ -17,8 +18,8 @@ from moefx.passes.placement.synthesise import synthesise
 from moefx.passes.placement.topology import Topology
 from moefx.passes.placement.trace import RoutingTrace
 
-# Importing these modules registers their strategies.
-_MODULES = (contiguous, lpt, minimax_time)
+# Importing it registers the strategies.
+_METHODS = methods
 
 __all__ = [
     "Budget",

@@ -68,11 +68,11 @@ def _costs(load_SE: Array, home: IDs, held_SG: Array, speeds: Array, first_P: ID
         g, h = home[a], home[b]
         moved_SP = load_SE[:, b] - load_SE[:, a]
         busiest_SP = np.maximum((held_SG[:, g] + moved_SP) / speeds[g], (held_SG[:, h] - moved_SP) / speeds[h])
-        costs_P[pairs] = np.maximum(busiest_SP, _busiest_of_others(time_SG, ranked_SG, g, h)).sum(axis=0)
+        costs_P[pairs] = np.maximum(busiest_SP, busiest_of_others(time_SG, ranked_SG, g, h)).sum(axis=0)
     return costs_P
 
 
-def _busiest_of_others(time_SG: Array, ranked_SG: IDs, g: IDs, h: IDs) -> Array:
+def busiest_of_others(time_SG: Array, ranked_SG: IDs, g: IDs, h: IDs) -> Array:
     """Return the time of the busiest device other than ``g`` and ``h``, ``[S, P]``: among the three busiest of all."""
     found = np.zeros((time_SG.shape[0], len(g)))
     for rank in reversed(range(ranked_SG.shape[1])):

@@ -10,16 +10,19 @@ Legend: G devices.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping
-from itertools import pairwise
+from functools import cached_property
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
 
 from moefx.errors import InputError, UnsafeInputError
 
@@ -28,16 +31,43 @@ GIB = 2**30
 
 # Measured for gloo over loopback with two processes: 0.29 ms and 2.1 GB/s, all pairs sharing one bus.
 _LOOPBACK_ALPHA_S, _LOOPBACK_BETA_S_PER_BYTE = 290e-6, 1 / 2.1e9
-# Fourth-generation NVLink: 450 GB/s per direction and device, as its maker states it.
+# Rates of links and devices are those their makers state; latencies are round numbers of the right order. Measure a
+# real machine instead where there is one.
+# Fourth-generation NVLink, per direction and device; InfiniBand NDR per port; PCIe 4.0 x16; an NVMe disk on PCIe 4.0.
 _NVLINK_ALPHA_S, _NVLINK_BETA_S_PER_BYTE = 10e-6, 1 / 450e9
+_INFINIBAND_ALPHA_S, _INFINIBAND_BETA_S_PER_BYTE = 20e-6, 1 / 50e9
+_PCIE_ALPHA_S, _PCIE_BETA_S_PER_BYTE = 20e-6, 1 / 32e9
+_DISK_ALPHA_S, _DISK_BETA_S_PER_BYTE = 100e-6, 1 / 7e9
+# H100 SXM and RTX 4090 with dense bfloat16 tensor cores; a desktop processor: 16 cores, AVX-512 float32, two channels.
+_SERVER_GPU = {"flops_per_s": 989e12, "memory_bytes_per_s": 3.35e12}
+_EDGE_GPU = {"flops_per_s": 165e12, "memory_bytes_per_s": 1.008e12}
+_EDGE_CPU = {"flops_per_s": 2e12, "memory_bytes_per_s": 83e9, "speed": 2 / 165}
+
+
+_DEVICE_NUMBERS = {
+    "memory_bytes": math.inf,
+    "speed": 1.0,
+    "flops_per_s": math.inf,
+    "memory_bytes_per_s": math.inf,
+}
+
+
+class _Tables(NamedTuple):
+    """Of K links, G devices, R resources: which route [G·G] crosses which link, which links share a resource [R, K]."""
+
+    crossed: Any
+    shared: Any
+    beta: NDArray[np.float64]
+    latency: NDArray[np.float64]
 
 
 class Topology:
     """Devices in rank order and the links between them; device i of a placement is rank i of the mesh.
 
     Args:
-        graph: nodes with ``kind`` (``"device"`` by default), ``memory_bytes`` and ``speed`` (relative, 1 by default);
-            edges with ``alpha_s``, ``beta_s_per_byte`` and ``resource`` (the edge itself by default).
+        graph: nodes with ``kind`` (``"device"`` by default), ``memory_bytes``, ``speed`` (relative, 1 by default),
+            ``flops_per_s`` and ``memory_bytes_per_s`` (unlimited by default) and, for memories, ``tier``; edges with
+            ``alpha_s``, ``beta_s_per_byte`` and ``resource`` (the edge itself by default).
 
     Raises:
         InputError: no device, a number that is not finite and positive, or two devices without a path.
@@ -49,15 +79,16 @@ class Topology:
         if not self.devices:
             raise InputError("build a topology", found="no node of kind 'device'", do="add at least one")
         for name in self.devices:
-            for key in ("memory_bytes", "speed"):
-                self._positive(
-                    f"device {name}", key, graph.nodes[name].setdefault(key, math.inf if key[0] == "m" else 1.0)
-                )
+            for key, default in _DEVICE_NUMBERS.items():
+                self._positive(f"device {name}", key, graph.nodes[name].setdefault(key, default))
         for source, target, link in graph.edges(data=True):
             link.setdefault("resource", f"{source}->{target}")
             for key in ("alpha_s", "beta_s_per_byte"):
                 self._positive(f"link {source}->{target}", key, link.get(key, math.nan), zero=True)
-        self._routes = self._all_routes()
+        memories = [n for n, a in graph.nodes(data=True) if a.get("kind") == MEMORY]
+        self._between = nx.restricted_view(graph, memories, [])
+        self._known_paths: dict[int, dict[str, list[str]]] = {}
+        self._check_connected()
 
     def __len__(self) -> int:
         return len(self.devices)
@@ -72,12 +103,35 @@ class Topology:
     def node(cls, gpus: int = 8, *, memory_bytes: float = 80 * GIB) -> Topology:
         """Return one server of GPUs behind an NVLink switch; each has one way in and one way out."""
         graph = nx.DiGraph()
-        link = {"alpha_s": _NVLINK_ALPHA_S / 2, "beta_s_per_byte": _NVLINK_BETA_S_PER_BYTE}
-        graph.add_node("switch", kind="switch")
-        for i in range(gpus):
-            graph.add_node(f"gpu{i}", memory_bytes=memory_bytes)
-            graph.add_edge(f"gpu{i}", "switch", **link)
-            graph.add_edge("switch", f"gpu{i}", **link)
+        _add_server(graph, "", gpus, memory_bytes)
+        return cls(graph)
+
+    @classmethod
+    def cluster(cls, nodes: int = 2, gpus: int = 8, *, memory_bytes: float = 80 * GIB) -> Topology:
+        """Return servers as :meth:`node`, joined by InfiniBand with one adapter per GPU."""
+        graph = nx.DiGraph()
+        graph.add_node("fabric", kind="switch")
+        for n in range(nodes):
+            for gpu in _add_server(graph, f"node{n}.", gpus, memory_bytes):
+                _add_both_ways(graph, gpu, "fabric", _INFINIBAND_ALPHA_S / 2, _INFINIBAND_BETA_S_PER_BYTE)
+        return cls(graph)
+
+    @classmethod
+    def edge(cls, *, memory_bytes: float = 24 * GIB, host_bytes: float = 64 * GIB) -> Topology:
+        """Return one consumer GPU and its host's processor, with host memory and a disk to stream weights from.
+
+        The processor computes slowly but next to the host memory; both ways over the bus share nothing.
+        """
+        graph = nx.DiGraph()
+        graph.add_node("gpu", memory_bytes=memory_bytes, **_EDGE_GPU)
+        graph.add_node("cpu", memory_bytes=host_bytes, **_EDGE_CPU)
+        graph.add_node("host", kind=MEMORY, tier="host", memory_bytes=host_bytes)
+        graph.add_node("disk", kind=MEMORY, tier="disk")
+        _add_both_ways(graph, "gpu", "cpu", _PCIE_ALPHA_S, _PCIE_BETA_S_PER_BYTE, resources=("bus up", "bus down"))
+        bus = {"alpha_s": _PCIE_ALPHA_S, "beta_s_per_byte": _PCIE_BETA_S_PER_BYTE, "resource": "bus down"}
+        disk = {"alpha_s": _DISK_ALPHA_S, "beta_s_per_byte": _DISK_BETA_S_PER_BYTE, "resource": "disk"}
+        graph.add_edge("host", "gpu", **bus)
+        graph.add_edges_from([("disk", "gpu", dict(disk)), ("disk", "cpu", dict(disk))])
         return cls(graph)
 
     @classmethod
@@ -125,15 +179,17 @@ class Topology:
 
     @classmethod
     def load(cls, path: str | Path) -> Topology:
-        """Read a JSON file.
+        """Read a JSON file, or a YAML file by its name if PyYAML is installed.
 
         Raises:
-            UnsafeInputError: the file is missing or no JSON.
+            UnsafeInputError: the file is missing or cannot be parsed.
         """
+        asked = f"read the topology {path}"
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            text = Path(path).read_text(encoding="utf-8")
+            data = _parse_yaml(text, asked) if Path(path).suffix in (".yaml", ".yml") else json.loads(text)
         except (OSError, ValueError) as error:
-            raise UnsafeInputError(f"read the topology {path}", found=str(error), do="pass a JSON file") from error
+            raise UnsafeInputError(asked, found=str(error), do="pass a JSON or YAML file") from error
         return cls.from_dict(data)
 
     @property
@@ -151,38 +207,134 @@ class Topology:
         """Names of the memory tiers below the devices' own."""
         return {a.get("tier", str(n)) for n, a in self.graph.nodes(data=True) if a.get("kind") == MEMORY}
 
+    @property
+    def flops_per_s(self) -> NDArray[np.float64]:
+        """Floating-point operations per second of each device ``[G]``, infinite where it is not stated."""
+        return self._rates("flops_per_s")
+
+    @property
+    def memory_bytes_per_s(self) -> NDArray[np.float64]:
+        """Bytes per second between each device and its own memory ``[G]``, infinite where it is not stated."""
+        return self._rates("memory_bytes_per_s")
+
+    def _rates(self, key: str) -> NDArray[np.float64]:
+        return np.array([self.graph.nodes[name].get(key, math.inf) for name in self.devices], dtype=np.float64)
+
+    def route(self, source: int, target: int) -> list[str]:
+        """Return the nodes from one device to another, both included."""
+        return self._paths(source)[self.devices[target]]
+
+    def tiers(self, device: int) -> dict[str, Mapping[str, Any]]:
+        """Return the link from each memory tier to a device, by name of the tier, fastest first."""
+        name = self.devices[device]
+        links = {
+            str(self.graph.nodes[node].get("tier", node)): link
+            for node, _, link in self.graph.in_edges(name, data=True)
+            if self.graph.nodes[node].get("kind") == MEMORY
+        }
+        return dict(sorted(links.items(), key=lambda item: item[1]["beta_s_per_byte"]))
+
+    @cached_property
+    def link_names(self) -> tuple[str, ...]:
+        """Names of all links, ``source->target``."""
+        return tuple(f"{source}->{target}" for source, target in self.graph.edges)
+
+    def link_bytes(self, bytes_GG: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the bytes on each link of :attr:`link_names` if ``bytes[i, j]`` go from device i to device j."""
+        return np.asarray(self._tables.crossed @ np.asarray(bytes_GG, dtype=np.float64).reshape(-1))
+
     def exchange_seconds(self, bytes_GG: NDArray[np.float64]) -> float:
         """Return the predicted time of one all-to-all that sends ``bytes[i, j]`` from device i to device j.
 
         The largest latency of a used route plus the time of the busiest resource.
         """
-        busy: dict[str, float] = {}
-        latency = 0.0
-        for (i, j), route in self._routes.items():
-            if bytes_GG[i, j] == 0:
-                continue
-            links = [self.graph.edges[hop] for hop in pairwise(route)]
-            latency = max(latency, sum(link["alpha_s"] for link in links))
-            for link in links:
-                seconds = float(bytes_GG[i, j]) * link["beta_s_per_byte"]
-                busy[link["resource"]] = busy.get(link["resource"], 0.0) + seconds
-        return latency + max(busy.values(), default=0.0)
+        used_GG = np.asarray(bytes_GG) > 0
+        busy = self._tables.shared @ (self._tables.beta * self.link_bytes(bytes_GG))
+        return float(self._tables.latency[used_GG].max(initial=0.0) + busy.max(initial=0.0))
 
-    def _all_routes(self) -> dict[tuple[int, int], list[str]]:
-        routes = {}
-        for i, source in enumerate(self.devices):
-            paths = nx.single_source_dijkstra_path(self.graph, source, weight="beta_s_per_byte")
-            for j, target in enumerate(self.devices):
-                if target not in paths:
-                    raise InputError(
-                        "build a topology", found=f"no path from {source} to {target}", do="add links between them"
-                    )
-                if i != j:
-                    routes[i, j] = paths[target]
-        return routes
+    @cached_property
+    def pair_seconds_per_byte(self) -> NDArray[np.float64]:
+        """Seconds per byte of each route ``[G, G]``, zero on the diagonal."""
+        return np.asarray(self._tables.beta @ self._tables.crossed).reshape(len(self), len(self))
+
+    @property
+    def interchangeable(self) -> bool:
+        """Are all devices and all pairs alike, so that any relabelling of devices costs the same?"""
+        apart = self.pair_seconds_per_byte[~np.eye(len(self), dtype=np.bool_)]
+        rates = (self.speeds, self.memory_bytes, self.flops_per_s, self.memory_bytes_per_s)
+        return (
+            bool(np.ptp(apart) <= 1e-12 * apart.max()) and all(len(np.unique(r)) == 1 for r in rates)
+            if len(apart)
+            else True
+        )
+
+    @cached_property
+    def _tables(self) -> _Tables:
+        """Which routes cross which links, and which links share a resource, as sparse matrices."""
+        number = {edge: k for k, edge in enumerate(self.graph.edges)}
+        resource: dict[str, int] = {}
+        beta_K, shares = np.zeros(len(number)), []
+        for edge, k in number.items():
+            link = self.graph.edges[edge]
+            beta_K[k] = link["beta_s_per_byte"]
+            shares.append(resource.setdefault(link["resource"], len(resource)))
+        latency_GG, links, pairs = np.zeros((len(self), len(self))), [], []
+        for i, j in itertools.permutations(range(len(self)), 2):
+            for hop in itertools.pairwise(self.route(i, j)):
+                latency_GG[i, j] += self.graph.edges[hop]["alpha_s"]
+                links.append(number[hop])
+                pairs.append(i * len(self) + j)
+        crossed = csr_matrix((np.ones(len(links)), (links, pairs)), shape=(len(number), len(self) ** 2))
+        shared = csr_matrix((np.ones(len(number)), (shares, range(len(number)))), shape=(len(resource), len(number)))
+        return _Tables(crossed, shared, beta_K, latency_GG)
+
+    def _paths(self, source: int) -> dict[str, list[str]]:
+        if source not in self._known_paths:
+            found = nx.single_source_dijkstra_path(self._between, self.devices[source], weight="beta_s_per_byte")
+            self._known_paths[source] = found
+        return self._known_paths[source]
+
+    def _check_connected(self) -> None:
+        part = {node: i for i, nodes in enumerate(nx.strongly_connected_components(self._between)) for node in nodes}
+        first = self.devices[0]
+        for other in self.devices:
+            if part[other] != part[first]:
+                ends = (first, other) if not nx.has_path(self._between, first, other) else (other, first)
+                raise InputError(
+                    "build a topology", found=f"no path from {ends[0]} to {ends[1]}", do="add links between them"
+                )
 
     @staticmethod
     def _positive(owner: str, key: str, value: object, *, zero: bool = False) -> None:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not (value > 0 or (zero and value == 0)):  # type: ignore[operator]
             raise InputError("build a topology", found=f"{owner}: {key} = {value!r}", do=f"give a positive {key}")
+
+
+def _add_server(graph: nx.DiGraph, prefix: str, gpus: int, memory_bytes: float) -> list[str]:
+    """Add GPUs and their switch, and return the names of the GPUs."""
+    switch, names = f"{prefix}switch", [f"{prefix}gpu{i}" for i in range(gpus)]
+    graph.add_node(switch, kind="switch")
+    for name in names:
+        graph.add_node(name, memory_bytes=memory_bytes, **_SERVER_GPU)
+        _add_both_ways(graph, name, switch, _NVLINK_ALPHA_S / 2, _NVLINK_BETA_S_PER_BYTE)
+    return names
+
+
+def _add_both_ways(
+    graph: nx.DiGraph, a: str, b: str, alpha_s: float, beta: float, resources: tuple[str, str] | None = None
+) -> None:
+    for i, (source, target) in enumerate(((a, b), (b, a))):
+        shared = {"resource": resources[i]} if resources else {}
+        graph.add_edge(source, target, alpha_s=alpha_s, beta_s_per_byte=beta, **shared)
+
+
+def _parse_yaml(text: str, asked: str) -> Any:
+    try:
+        yaml: Any = import_module("yaml")
+    except ModuleNotFoundError as error:
+        raise InputError(asked, found="PyYAML is not installed", do="pip install pyyaml, or write JSON") from error
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UnsafeInputError(asked, found=str(error), do="pass a JSON or YAML file") from error

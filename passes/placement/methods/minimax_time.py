@@ -8,16 +8,19 @@ Legend: S noise levels, E experts of a layer, G devices.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import time
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moefx.passes.placement.dims import Budget, ModelDims
-from moefx.passes.placement.lpt import greedy
+from moefx.passes.placement.draft import Homes
+from moefx.passes.placement.methods.lpt import greedy
 from moefx.passes.placement.objective import layer_cost
 from moefx.passes.placement.slots import equal_slots, in_order
-from moefx.passes.placement.strategy import Homes, register_strategy
+from moefx.passes.placement.strategy import register_strategy
 from moefx.passes.placement.swap import improve
 from moefx.passes.placement.topology import Topology
 from moefx.passes.placement.trace import RoutingTrace
@@ -30,12 +33,25 @@ IDs = NDArray[np.int64]
 def minimax_time(trace: RoutingTrace, topology: Topology, dims: ModelDims, budget: Budget) -> Homes:
     """Return the best local optimum of each layer; never worse than ``contiguous`` or ``lpt``, which are starts."""
     draws = np.random.default_rng(budget.seed)
-    homes = []
-    for i, count in enumerate(dims.experts):
-        load_SE, slots = trace.layer(i), equal_slots(count, len(topology), i)
-        found = [improve(load_SE, s, topology.speeds) for s in _starts(load_SE, slots, topology.speeds, budget, draws)]
-        homes.append(min(found, key=lambda home: layer_cost(load_SE, home, topology.speeds)))
-    return homes
+    return [
+        minimax_layer(trace.layer(i), equal_slots(count, len(topology), i), topology.speeds, budget, draws)
+        for i, count in enumerate(dims.experts)
+    ]
+
+
+def minimax_layer(
+    load_SE: Array, slots_G: IDs, speeds: Array, budget: Budget, draws: np.random.Generator, more: Sequence[IDs] = ()
+) -> IDs:
+    """Return the best local optimum of one layer from several starts, ``more`` among them."""
+    until = budget.deadline()
+    best: IDs | None = None
+    for start in itertools.chain(more, _starts(load_SE, slots_G, speeds, budget, draws)):
+        found = improve(load_SE, start, speeds)
+        best = found if best is None else min(best, found, key=lambda home: layer_cost(load_SE, home, speeds))
+        if time.monotonic() > until:
+            break
+    assert best is not None
+    return best
 
 
 def _starts(load_SE: Array, slots: IDs, speeds: Array, budget: Budget, draws: np.random.Generator) -> Iterator[IDs]:

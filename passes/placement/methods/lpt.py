@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moefx.passes.placement.dims import Budget, ModelDims
+from moefx.passes.placement.draft import Homes
 from moefx.passes.placement.objective import layer_cost
 from moefx.passes.placement.slots import equal_slots, in_order
-from moefx.passes.placement.strategy import Homes, register_strategy
+from moefx.passes.placement.strategy import register_strategy
 from moefx.passes.placement.swap import improve
 from moefx.passes.placement.topology import Topology
 from moefx.passes.placement.trace import RoutingTrace
@@ -24,7 +25,7 @@ Array = NDArray[np.float64]
 IDs = NDArray[np.int64]
 
 
-@register_strategy("lpt", "balanced greedy on the load summed over time, refined by exchanges")
+@register_strategy("lpt", "balanced greedy on the load summed over time, refined by exchanges", baseline=True)
 def lpt(trace: RoutingTrace, topology: Topology, dims: ModelDims, budget: Budget) -> Homes:
     """Return the better of greedy and contiguous by summed load, after exchanges."""
     homes = []
