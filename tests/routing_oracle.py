@@ -23,6 +23,9 @@ def gates(logits: Tensor, mode: str, k: int, u: Tensor | None = None) -> tuple[l
         "soft": lambda e: p[e],
         "one_plus_su": lambda e: 1 + p[e] * u[e],
         "ste": lambda e: torch.ones_like(p[e]),
+        "sigmoid_ste": lambda e: torch.ones_like(p[e]),
+        "identity": lambda e: logits[e],
+        "one_plus_tanh": lambda e: 1.2 - 0.4 / ((2 * logits[e]).exp() + 1),
     }
     return chosen, [table[mode](e) for e in chosen]
 

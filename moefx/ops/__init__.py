@@ -1,6 +1,6 @@
 """The dialect: what a routed layer needs and torch cannot say with static shapes.
 
-Three operators, each a ``torch.library.custom_op`` with a fake rule, a gradient, a fast CPU kernel and a kernel for
+Four operators, each a ``torch.library.custom_op`` with a fake rule, a gradient, a fast CPU kernel and a kernel for
 other devices that never waits for them. They trace under ``torch.fx``, ``make_fx``, ``torch.export`` and
 ``torch.compile``; no shape depends on what a router decided. ``activate`` is no operator but a call of a pointwise
 function that spares an eager forward pass its memory traffic. A routed FFN is::
@@ -8,6 +8,8 @@ function that spares an eager forward pass its memory traffic. A routed FFN is::
     order, offsets = group(experts_TK, E)
     hidden = activate(act, grouped_linear(x_TD, w_in_EFD, b_in_EF, order, offsets, K))
     y_TD = combine(grouped_linear(hidden, w_out_EDF, b_out_ED, None, offsets, 1), order, weights_TK)
+
+and where experts choose tokens, so that a token has any number of rows, ``scatter`` stands for ``combine``.
 
 Shapes: ``T`` tokens, ``K`` slots per token, ``R = T*K`` routed rows, ``E`` experts, ``I`` input and ``N`` output width.
 Second derivatives are not defined and raise :class:`moefx.errors.MoefxError`.
@@ -19,5 +21,6 @@ from moefx.ops.activate import activate
 from moefx.ops.combine import combine
 from moefx.ops.group import group
 from moefx.ops.grouped_linear import grouped_linear
+from moefx.ops.scatter import scatter
 
-__all__ = ["activate", "combine", "group", "grouped_linear"]
+__all__ = ["activate", "combine", "group", "grouped_linear", "scatter"]

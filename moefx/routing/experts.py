@@ -1,6 +1,7 @@
 """Feed-forward experts: a stack of FFNs of one shape, each token through the few that were chosen for it.
 
-Legend: T tokens, K experts per token, R = T·K rows sorted by expert, E experts, D width, m hidden width of one expert.
+Legend: T tokens, K experts per token, C tokens per expert, R rows (T·K sorted by expert, or E·C), E experts, D width, m
+hidden width of one expert.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -103,3 +105,29 @@ class Experts(_FeedForward):
         rows = ops.grouped_linear(h, self.w_out, None, None, offsets)
         y: Tensor = ops.combine(rows, order, gates_TK)
         return y if self.b_out is None else y + self.b_out.to(y.dtype)
+
+    def by_expert(self, x_TD: Tensor, tokens_EC: Tensor, gates_EC: Tensor) -> Tensor:
+        """Return the weighted sum over the experts that chose a token: a plain batched product, since all are equal.
+
+        Args:
+            x_TD: tokens.
+            tokens_EC: int64 token indices, C per expert; T or more means none.
+            gates_EC: float32 (float64 with float64 tokens).
+
+        Returns:
+            ``[T, D_o]`` in the dtype of the tokens; the bias alone where nobody chose a token.
+        """
+        tokens = x_TD.shape[0]
+        index_R = tokens_EC.reshape(-1).clamp(max=tokens)
+        padded_TD = torch.cat([x_TD, x_TD.new_zeros((1, x_TD.shape[1]))])
+        rows_ECD = padded_TD.index_select(0, index_R).view(*tokens_EC.shape, x_TD.shape[1])
+        h = _batched(rows_ECD, self.w_in, self.b_in)
+        h = self.act(h) if self.w_gate is None else self.act(h, _batched(rows_ECD, self.w_gate, self.b_gate))
+        y_RD = torch.bmm(h, self.w_out.mT).flatten(0, 1)
+        y: Tensor = ops.scatter(y_RD, index_R, gates_EC.reshape(-1), tokens)
+        return y if self.b_out is None else y + self.b_out.to(y.dtype)
+
+
+def _batched(rows_ECD: Tensor, weight_EFD: Tensor, bias_EF: Tensor | None) -> Tensor:
+    h = torch.bmm(rows_ECD, weight_EFD.mT)
+    return h if bias_EF is None else h + bias_EF.unsqueeze(1).to(h.dtype)

@@ -15,7 +15,13 @@ unit                  1                              K         MoEfication, D2DM
 soft                  p_e, S = all experts           1         BAM, Remix-DiT
 one_plus_su           1 + p_e·u_e, u learnt from 0   K at u=0  CMoE
 ste                   1 + p_e − stopgrad(p_e)        K         moefx: value 1 with the gradient of p
+sigmoid_ste           1 + σ(l_e) − stopgrad(σ(l_e))  any       Gumbel-sigmoid switches (DyDiT)
+identity              l_e                            any       Expert Race, ProMoE (cosines), TimeStep Master
+one_plus_tanh         1 + α·tanh(l_e), α = 0.2       K at l=0  p-MoD
 ====================  =============================  ========  =====================================================
+
+"× k", "× s" and "route scale" are ``scale``. Where experts choose tokens, S is the experts that chose the token, so
+``softmax_topk`` is the raw affinity of EC-DiT and ``softmax_topk_renorm`` the per-token renormalisation of Nucleus.
 
 A copied FFN is reproduced exactly where Σ_S w = 1. Under the three renormalised modes identical experts send no
 gradient to the router at all, and with K = 1 they never do; ``ste`` and ``softmax_topk`` always do.
@@ -41,11 +47,23 @@ MODES: Final = (
     "soft",
     "one_plus_su",
     "ste",
+    "sigmoid_ste",
+    "identity",
+    "one_plus_tanh",
 )
+TANH_SCALE: Final = 0.2
 SUM_TO_ONE: Final = frozenset({"topk_softmax", "softmax_topk_renorm", "sigmoid_topk_renorm", "soft"})
 
 
-def normalise(logits: Tensor, experts: Tensor, mode: str, *, scale: float = 1.0, u: Tensor | None = None) -> Tensor:
+def normalise(
+    logits: Tensor,
+    experts: Tensor,
+    mode: str,
+    *,
+    scale: float = 1.0,
+    u: Tensor | None = None,
+    partial: bool = False,
+) -> Tensor:
     """Return the gates of the selected experts.
 
     Args:
@@ -54,6 +72,7 @@ def normalise(logits: Tensor, experts: Tensor, mode: str, *, scale: float = 1.0,
         mode: one of `MODES`.
         scale: multiplies every gate (``route_scale``; K for the "renorm × k" of mixture-of-heads).
         u: ``[E]``, the learnt scale of ``one_plus_su``; no other mode takes it.
+        partial: an index E or higher marks a slot without an expert: it gets 0 and no share of what is renormalised.
 
     Returns:
         ``[..., K]`` in the dtype of ``logits``.
@@ -61,27 +80,43 @@ def normalise(logits: Tensor, experts: Tensor, mode: str, *, scale: float = 1.0,
     Raises:
         OptionError: an unknown mode, ``u`` where it has no meaning, or ``soft`` with fewer than all experts.
     """
-    gates = _gates(logits, experts, mode, u)
+    check_mode(mode)
+    empty = experts >= logits.shape[-1] if partial else None
+    known = experts if empty is None else experts.masked_fill(empty, 0)
+    gates = _gates(logits, known, mode, u, empty)
+    if empty is not None:
+        gates = gates.masked_fill(empty, 0)
     return gates if scale == 1.0 else gates * scale
 
 
-def _gates(logits: Tensor, experts: Tensor, mode: str, u: Tensor | None) -> Tensor:
-    check_mode(mode)
+def _gates(logits: Tensor, experts: Tensor, mode: str, u: Tensor | None, empty: Tensor | None) -> Tensor:
     if (u is not None) != (mode == "one_plus_su"):
         raise OptionError(f"normalise with mode {mode!r}", found=f"u is {u}", do="give u to one_plus_su and to it only")
     if mode in ("topk_softmax", "softmax_topk_renorm"):
         # Both are the softmax over the selected logits. p_S / Σp_S would be 0/0 when a selection bias picks experts
         # whose p underflows.
-        return logits.gather(-1, experts).softmax(-1)
+        return _without(logits.gather(-1, experts), empty).softmax(-1)
     if mode == "sigmoid_topk_renorm":
         # softmax(log σ(l)) = σ(l)/Σσ(l): sums to one even where every σ underflows; an epsilon in the denominator would
         # not.
-        return F.logsigmoid(logits.gather(-1, experts)).softmax(-1)
+        return _without(F.logsigmoid(logits.gather(-1, experts)), empty).softmax(-1)
     if mode == "sigmoid_topk":
         return logits.gather(-1, experts).sigmoid()
     if mode == "unit":
         return torch.ones_like(logits.gather(-1, experts))
+    if mode == "identity":
+        return logits.gather(-1, experts)
+    if mode == "one_plus_tanh":
+        return 1 + TANH_SCALE * logits.gather(-1, experts).tanh()
+    if mode == "sigmoid_ste":
+        chosen = logits.gather(-1, experts).sigmoid()
+        return 1 + (chosen - chosen.detach())
     return _softmax_gates(logits, experts, mode, u)
+
+
+def _without(logits: Tensor, empty: Tensor | None) -> Tensor:
+    """Take empty slots out of a softmax; a lowest finite number, since a row may be all empty."""
+    return logits if empty is None else logits.masked_fill(empty, torch.finfo(logits.dtype).min)
 
 
 def _softmax_gates(logits: Tensor, experts: Tensor, mode: str, u: Tensor | None) -> Tensor:

@@ -8,99 +8,44 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import nn
 
 from moefx.passes.analysis.site import Kind, Site
-from moefx.passes.rewrite.base import Context, Contract, Costs, Edit, Options, SitePass, register_pass
+from moefx.passes.rewrite.base import Context, Contract, Costs, Edit, SitePass, register_pass
 from moefx.passes.rewrite.cut import cannot_cut, extract, mixes_tokens, splice_ffn
 from moefx.passes.rewrite.dense import dense_weights, ffn_counts, ffn_sizes, hidden_function, unshare
+from moefx.passes.rewrite.routing_build import accepts_tap, mean_experts, router_parameters, routing
+from moefx.passes.rewrite.routing_options import ALIASES, TOP_K, RoutingOptions
 from moefx.routing.experts import DenseFFN, Experts
-from moefx.routing.initialise import (
-    add_noise,
-    arrange_shared,
-    granular_copies,
-    normal_rows,
-    partially_reinitialise,
-    untie,
-)
+from moefx.routing.initialise import add_noise, arrange_shared, granular_copies, partially_reinitialise
 from moefx.routing.layout import OnAxis
 from moefx.routing.moe import RoutedFFN
-from moefx.routing.normalise import SUM_TO_ONE, default_mode
-from moefx.routing.router import LinearRouter
+from moefx.routing.normalise import SUM_TO_ONE
 from moefx.routing.samples import ModuleExperts, RoutedSamples
 
-# The names of conversion tables, kept as aliases of the readable ones.
-MODES = {
-    "N1": "topk_softmax",
-    "N2": "softmax_topk_renorm",
-    "N3": "softmax_topk",
-    "N4": "sigmoid_topk_renorm",
-    "N5": "sigmoid_topk",
-    "N6": "unit",
-    "N8": "soft",
-    "N9": "one_plus_su",
-    "N10": "ste",
-}
-_UNIT = frozenset({"unit", "ste", "one_plus_su"})
-TIMESTEP_WIDTH = 256
+MODES = ALIASES
 
 
-class UpcycleOptions(Options):
+class UpcycleOptions(RoutingOptions):
     """Options of :class:`Upcycle`."""
 
-    experts: int = Field(8, ge=1, le=65536, description="number of routed experts E")
-    top_k: int = Field(2, ge=1, description="experts per token K")
-    granularity: int = Field(1, ge=1, description="shards G per copy; experts of width F/G in tied groups of G")
     shared: int = Field(0, ge=0, description="full copies of the dense FFN that every token passes")
-    normalise: str | None = Field(
-        None, description="gate normalisation, N1 … N10 or its name; None: exact and trainable"
-    )
-    router_init: Literal["normal", "zero", "tied"] = Field(
-        "normal", description="start of the router's rows; tied: normal, and equal within a group (see untie)"
-    )
-    router_std: float = Field(0.02, ge=0, description="standard deviation of a normal start")
     untie: bool = Field(False, description="give each member of a group its own router row, equal at the start")
-    router_input: Literal["token", "timestep+token"] = Field("token", description="what the router reads")
     noise: float = Field(0.0, ge=0, description="noise on each expert, relative to the std of its matrices")
     noise_fraction: float = Field(1.0, ge=0, le=1, description="fraction of the neurons that get noise")
     reinitialise: float = Field(0.0, ge=0, le=1, description="fraction of each expert's neurons drawn anew")
     independent_sets: bool = Field(False, description="draw those neurons per matrix, as the released code did")
-    scale: float = Field(1.0, gt=0, description="factor on every gate")
-    selection_bias: bool = Field(False, description="keep a bias for selection only (loss-free balancing)")
     max_error: float = Field(1.0, gt=0, description="refuse a start further from the dense model than this")
-    every: int = Field(1, ge=1, description="rewrite every n-th matching site")
-
-    @field_validator("normalise")
-    @classmethod
-    def _mode(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        name = MODES.get(value, value)
-        if name not in MODES.values():
-            raise ValueError(f"unknown mode, use one of {', '.join([*MODES, *MODES.values()])}")
-        return name
 
     @model_validator(mode="after")
-    def _whole_groups(self) -> UpcycleOptions:
-        if self.top_k > self.experts:
-            raise ValueError(f"top_k = {self.top_k} of only {self.experts} experts")
-        if self.experts % self.granularity or self.top_k % self.granularity:
-            raise ValueError(f"experts and top_k must be multiples of granularity = {self.granularity}")
+    def _untied_top_k(self) -> UpcycleOptions:
+        if self.untie and (self.selector != "top-k" or self.scorer != "linear"):
+            raise ValueError("untie goes with selector = top-k and scorer = linear")
         return self
-
-    @property
-    def groups(self) -> int:
-        """N, the number of full copies."""
-        return self.experts // self.granularity
-
-    @property
-    def mode(self) -> str:
-        """The normalisation mode in force."""
-        return self.normalise or default_mode(self.groups, self.top_k // self.granularity)
 
     @property
     def plain_copies(self) -> bool:
@@ -128,8 +73,12 @@ class Upcycle(SitePass):
 
     @property
     def taps(self) -> tuple[str, ...]:
-        """The timestep, if the router reads it."""
-        return ("timestep",) if self.options.router_input == "timestep+token" else ()
+        """What router and selector read besides the token."""
+        return self.options.taps
+
+    def accepts(self, tap: str, value: torch.Tensor) -> bool:
+        """Intervals and tables need a raw timestep."""
+        return accepts_tap(self.options, tap, value)
 
     def refusal(self, site: Site) -> str:
         """Return why this FFN cannot be upcycled."""
@@ -140,6 +89,8 @@ class Upcycle(SitePass):
                 "a depthwise convolution between its projections mixes tokens, so only whole samples can be routed: "
                 "that needs granularity=1, shared=0 and no re-initialisation"
             )
+        if mixes_tokens(site) and (self.options.selector not in TOP_K or set(self.taps) - {"timestep"}):
+            return "a depthwise convolution mixes its tokens: only selectors of the top-k kind route whole samples"
         if any(rate > 0 for rate in site.operands.get("dropout", ())):
             return "an active dropout inside it; set its rate to 0 first"
         hidden = ffn_sizes(site)[1]
@@ -154,12 +105,14 @@ class Upcycle(SitePass):
         """Exact where the algebra says so, else approximate up to ``max_error``."""
         o = self.options
         chosen = o.top_k // o.granularity
-        sums_to_one = o.mode in SUM_TO_ONE or (o.mode in _UNIT and chosen == 1)
-        uniform = o.mode == "softmax_topk" and o.router_init == "zero" and math.isclose(o.scale, o.groups / chosen)
-        if o.identical and ((sums_to_one and o.scale == 1.0) or uniform):
+        plain = o.selector == "top-k" and o.scorer == "linear" and not o.always
+        uniform = (
+            plain and o.mode == "softmax_topk" and o.router_init == "zero" and math.isclose(o.scale, o.groups / chosen)
+        )
+        if o.identical and (o.gates_sum_to_one or uniform):
             return Contract("exact", 0.0, "equal copies whose gates sum to one")
         if o.identical:
-            return Contract("approximate", o.max_error, f"the gates of mode {o.mode} do not sum to one")
+            return Contract("approximate", o.max_error, f"the gates of {o.selector}, {o.mode} need not sum to one")
         return Contract("approximate", o.max_error, "the experts differ from the dense FFN by noise or fresh neurons")
 
     def costs(self, site: Site, tap_width: int = 0) -> Costs:
@@ -169,9 +122,9 @@ class Upcycle(SitePass):
         parameters, compute = ffn_counts(site)
         bias = out if "b_out" in site.operands else 0
         rows = o.experts if o.untie else o.groups
-        router = rows * (dim + ((tap_width or TIMESTEP_WIDTH) if self.taps else 0))
+        router = router_parameters(o, dim, tap_width, rows=rows)
         after = (parameters - bias) * (o.groups + o.shared) + bias + router
-        active = compute * o.top_k // o.granularity + compute * o.shared + router
+        active = int(compute * mean_experts(o)) // o.granularity + compute * o.shared + router
         return Costs(parameters, after, compute, active)
 
     def warnings(self) -> list[str]:
@@ -213,16 +166,13 @@ class Upcycle(SitePass):
         if o.shared:
             shared_weights, weights, shared_scale, kept = arrange_shared(dense, weights, o.shared)
             shared, scale = DenseFFN(shared_weights, act), scale * kept
+        slots = routing(o, context, dense.dim, dense.w_in.device, rows=o.experts if o.untie else 0)
         routed = RoutedFFN(
-            self._router(context, dense.dim, dense.w_in.device),
-            Experts(weights, act),
-            top_k=o.top_k,
-            mode=o.mode,
+            experts=Experts(weights, act),
             granularity=1 if o.untie else o.granularity,
-            scale=scale * (o.granularity if o.untie and o.mode in SUM_TO_ONE else 1),
             shared=shared,
             shared_scale=shared_scale,
-            selection_bias=o.selection_bias,
+            **slots | {"scale": scale * (o.granularity if o.untie and o.mode in SUM_TO_ONE else 1)},
         )
         axis = int(site.shapes["axis"])
         if axis != len(site.shapes["x"]) - 1:
@@ -240,30 +190,7 @@ class Upcycle(SitePass):
                 parameter.data += (
                     o.noise * parameter.std() * torch.randn(parameter.shape, generator=draws).to(parameter)
                 )
-        return RoutedSamples(
-            self._router(context, int(context.site.shapes["D"]), next(module.parameters()).device),
-            experts,
-            axis=int(context.site.shapes["axis"]),
-            top_k=o.top_k,
-            mode=o.mode,
-            scale=o.scale,
-            selection_bias=o.selection_bias,
-        ).train(context.graph.root.training)
-
-    def _router(self, context: Context, dim: int, device: torch.device) -> LinearRouter:
-        o = self.options
-        tap = context.taps["timestep"].meta["val"] if self.taps else None
-        raw = tap is not None and tap.ndim <= 1
-        router = LinearRouter(
-            dim,
-            o.experts if o.untie else o.groups,
-            tap_dim=0 if tap is None else TIMESTEP_WIDTH if raw else tap.shape[-1],
-            embed_timestep=raw,
-            std=0.0,
-            device=device,
-        )
-        if o.router_init != "zero" and router.weight is not None:
-            rows = normal_rows(o.groups, dim, context.generator("router"), std=o.router_std)
-            with torch.no_grad():
-                router.weight.copy_(untie(rows, o.granularity) if o.untie else rows)
-        return router
+        device = next(module.parameters()).device
+        slots = routing(o, context, int(context.site.shapes["D"]), device)
+        axis = int(context.site.shapes["axis"])
+        return RoutedSamples(experts=experts, axis=axis, **slots).train(context.graph.root.training)
