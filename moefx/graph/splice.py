@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +36,14 @@ class Splice:
         """Insert a function call before ``around``; its shape is computed."""
         return self._create("call_function", function, args, around, self._propagate(function, args))
 
+    def copy(self, node: Node, swap: Mapping[Node, Node], *, around: Node) -> Node:
+        """Insert a copy of ``node`` before ``around`` that reads ``swap[x]`` instead of x; its shape stays."""
+        with self.graph.fx.inserting_before(around):
+            made = self.graph.fx.node_copy(node, lambda n: swap.get(n, n))
+        made.meta["moefx"] = origin_of(node).stamped(self.rule)
+        self.graph.touch()
+        return made
+
     def _create(self, op: str, target: Any, args: tuple[Any, ...], around: Node, val: Any) -> Node:
         with self.graph.fx.inserting_before(around):
             node = self.graph.fx.create_node(op, target, args)
@@ -61,8 +69,13 @@ class Splice:
         if problem:
             raise PlanError(f"apply rule {self.rule!r}", found=problem, do="exclude this site with skip=")
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        self.sweep(inside | {old})
+
+    def sweep(self, region: Iterable[Node]) -> None:
+        """Erase what of ``region`` nothing uses any more; in-place writes have no users, so name none that matter."""
+        inside = set(region)
         for node in reversed(list(self.graph.fx.nodes)):
-            if (node in inside or node is old) and not node.users:
+            if node in inside and not node.users:
                 self.graph.fx.erase_node(node)
         calls = self.graph.calls
         self.graph.calls = [dataclasses.replace(c, nodes=tuple(n for n in c.nodes if not n._erased)) for c in calls]

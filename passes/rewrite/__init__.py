@@ -1,6 +1,6 @@
 """Rewriting passes, one file each."""
 
-from moefx.passes.rewrite import channel_groups, mixture_of_depths, mixture_of_heads, upcycle
+from moefx.passes.rewrite import attention_experts, channel_groups, mixture_of_depths, mixture_of_heads, upcycle
 from moefx.passes.rewrite.base import (
     BlockContext,
     BlockPass,
@@ -17,7 +17,7 @@ from moefx.passes.rewrite.base import (
 )
 
 # Importing these modules registers their passes.
-_MODULES = (channel_groups, mixture_of_depths, mixture_of_heads, upcycle)
+_MODULES = (attention_experts, channel_groups, mixture_of_depths, mixture_of_heads, upcycle)
 
 __all__ = [
     "BlockContext",
