@@ -14,6 +14,8 @@ from moefx.codegen.reasons import CannotLower
 #: Instructions that tell how a kernel multiplies, copies, divides roles and spills, by the start of their name.
 CUDA_INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "USETMAXREG", "LDL", "STL")
 HIP_INSTRUCTIONS = ("v_mfma", "scratch_load", "scratch_store")
+#: Those of them that multiply matrices.
+MATRIX_PREFIXES = ("HGMMA", "HMMA", "UTCHMMA", "v_mfma")
 
 
 @dataclass(frozen=True)

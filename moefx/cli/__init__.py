@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moefx.cli.codegen import codegen
 from moefx.cli.doctor import doctor
 from moefx.cli.dump import dump
 from moefx.cli.frame import app, main
@@ -11,7 +12,7 @@ from moefx.cli.sites import sites
 from moefx.cli.transform import transform
 from moefx.cli.verify import verify
 
-for _command in (dump, sites, plan, transform, verify, recipes, doctor):
+for _command in (dump, sites, plan, transform, verify, codegen, recipes, doctor):
     app.command()(_command)
 
 __all__ = ["app", "main"]

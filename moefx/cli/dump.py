@@ -43,8 +43,8 @@ def dump(
     """Show a model: blocks, sites, shapes, what is routed and why not.
 
     The default is the region tree, one line per block, repeats folded. Name a recipe to see what it would do;
-    [bold]--stage routed[/bold] applies it to a copy, [bold]--diff[/bold] compares, [bold]--stage lowered[/bold] says which
-    kernels compute it, and why others do not. The same input gives the same bytes.
+    [bold]--stage routed[/bold] applies it to a copy, [bold]--diff[/bold] compares, [bold]--stage lowered[/bold] says
+    which kernels compute it, or why none do. The same input gives the same bytes.
     """
     with working(o.verbosity(quiet, verbose)):
         from moefx.cli.models import build
