@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moefx.inspect.dump import dump
     from moefx.model.load import load
     from moefx.model.save import save
+    from moefx.model.specialise import specialise
     from moefx.offloading.offload import offload, onload
     from moefx.parallel.parallelize import parallelize
     from moefx.passes.calibration import Calibration, calibrate
@@ -43,6 +44,7 @@ _PUBLIC = {
     "plan": "moefx.api",
     "save": "moefx.model.save",
     "sites": "moefx.api",
+    "specialise": "moefx.model.specialise",
     "trace": "moefx.graph",
     "transform": "moefx.api",
     "untransform": "moefx.api",
@@ -67,6 +69,7 @@ __all__ = [
     "plan",
     "save",
     "sites",
+    "specialise",
     "trace",
     "transform",
     "untransform",

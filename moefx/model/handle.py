@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +14,7 @@ from moefx.graph.signature import Inputs
 from moefx.model.install import Undo
 from moefx.model.plan import Plan
 from moefx.model.report import Report
+from moefx.routing.override import override
 from moefx.routing.record import RoutingRecord
 from moefx.training import aux_loss, routing_records
 
@@ -55,6 +58,17 @@ class Handle:
     def aux_loss(self, **coefficients: float) -> torch.Tensor:
         """Return :func:`moefx.aux_loss` of this model."""
         return aux_loss(self._model, **coefficients)
+
+    def override(
+        self,
+        *,
+        top_k: int | None = None,
+        ranks: Sequence[int] | None = None,
+        experts: Collection[int] | None = None,
+        layers: Collection[str] | None = None,
+    ) -> AbstractContextManager[list[str]]:
+        """Let routed layers choose otherwise for a while; see :func:`moefx.routing.override.override`."""
+        return override(self._model, top_k=top_k, ranks=ranks, experts=experts, layers=layers)
 
     def graph(self, inputs: Inputs = None) -> Graph:
         """Trace the model as it is now; routed modules are leaves."""

@@ -5,7 +5,7 @@ Legend: B samples, T tokens, D width, F hidden width, G groups of F/G neurons ea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,21 @@ class ChannelGroups(DenseFFN):
             hidden = self.act(up, (F.linear(x, self.w_gate, self.b_gate) * mask).to(up.dtype))
         y: Tensor = F.linear(hidden, self.w_out, self.b_out)
         return y
+
+    @property
+    def deciding(self) -> tuple[int, ...]:
+        """Positions of the taps, if the gate reads nothing else; see `moefx.routing.static`."""
+        tokens = getattr(getattr(self.gate, "router", None), "dim", 1) != 0
+        return () if tokens else tuple(range(1, 1 + len(self.taps)))
+
+    @torch.no_grad()
+    def fold(self, values: tuple[Tensor, ...], shared: dict[Hashable, Any]) -> tuple[Hashable, nn.Module]:
+        """Return the groups that are on for these values of the taps, and the network of their neurons alone."""
+        gates = self.gate(values[0].new_zeros((1, 1, 1)), *values).reshape(-1)
+        groups = tuple(torch.nonzero(gates > 0.5).flatten().tolist())
+        if groups not in shared:
+            shared[groups] = self.kept(groups)
+        return groups, shared[groups]
 
     @torch.no_grad()
     def kept(self, groups: Sequence[int]) -> DenseFFN:

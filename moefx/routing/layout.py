@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from typing import Any
+
 from torch import Tensor, nn
 
 
@@ -21,6 +24,16 @@ class OnAxis(nn.Module):
         """Map ``[B, ..., D, ...]`` to ``[B, ..., D_o, ...]``."""
         y: Tensor = self.inner(x.movedim(self.axis, -1), *taps)
         return y.movedim(-1, self.axis)
+
+    @property
+    def deciding(self) -> tuple[int, ...]:
+        """Those of ``inner``; see `moefx.routing.static`."""
+        return tuple(getattr(self.inner, "deciding", ()))
+
+    def fold(self, values: tuple[Tensor, ...], shared: dict[Hashable, Any]) -> tuple[Hashable, nn.Module]:
+        """Fold ``inner``."""
+        choice, static = self.inner.fold(values, shared)  # type: ignore[operator]
+        return choice, OnAxis(static, self.axis)
 
     def extra_repr(self) -> str:
         """Describe the module in ``print(model)``."""

@@ -7,7 +7,7 @@ per expert.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from moefx.routing.precision import KeepFloat32, at_least_float32
 from moefx.routing.record import RoutingRecord
 from moefx.routing.select import expand_groups
 from moefx.routing.selectors import Selector, TopK
+from moefx.routing.static import Sum, fuse
 
 if TYPE_CHECKING:
     from moefx.routing.samples import ModuleExperts
@@ -222,6 +223,19 @@ class RoutedFFN(KeepFloat32):
             shared: Tensor = self.shared(x)
             y = y + (shared if self.shared_scale == 1.0 else shared * self.shared_scale)
         return (y, routing.state) if self.stateful else y
+
+    @property
+    def deciding(self) -> tuple[int, ...]:
+        """Positions of the arguments that decide, if no token does; see `moefx.routing.static`."""
+        tokens = getattr(self.router, "dim", 1) != 0 or self.selector.by_expert or self.stateful
+        fused = isinstance(self.experts, Experts)
+        return () if tokens or not fused else tuple(range(1, 1 + len(self.taps)))
+
+    def fold(self, values: tuple[Tensor, ...], shared: dict[Hashable, Any]) -> tuple[Hashable, nn.Module]:
+        """Return the choice that these values of the taps make, and the chosen experts as one FFN."""
+        experts, gates, *_ = self.route(values[0].new_zeros((1, 1, 1)), *values)
+        choice, static = fuse(self.experts, experts[0], gates[0], shared)  # type: ignore[arg-type]
+        return choice, static if self.shared is None else Sum(static, self.shared, self.shared_scale)
 
     def expert_load(self) -> Tensor:
         """Return the fraction of the last call's assignments per *expert* ``[E]``: its group's, shared equally."""

@@ -1,0 +1,259 @@
+"""One static model per sampler step: routers that read the timestep alone are evaluated once, before sampling.
+
+What only a compiler of the whole model can do: the values such routers read are found by data flow and computed without
+running the rest; the choice is then a fact, so routers go, chosen experts become one dense network, and what is off is
+left out. Steps with the same choice share a model, and all models share their weights.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from moefx.errors import InputError, NothingMatched
+from moefx.graph import Graph, trace
+from moefx.graph.signature import Inputs
+from moefx.passes.analysis import Facts, analyse
+from moefx.passes.analysis.conditioning import TIMESTEP
+from moefx.routing.static import FirstArgument, Foldable
+
+
+@dataclass(frozen=True)
+class _Folding:
+    """One routed module that the timestep decides, and the nodes of the deciding arguments."""
+
+    path: str
+    module: Any
+    arguments: tuple[Node, ...]
+
+
+class Specialised(nn.Module):
+    """A routed model for a fixed list of timesteps; called like the model.
+
+    The variant is looked up by the timestep argument: free on the CPU, a wait for the device if it lives elsewhere,
+    which :meth:`at` avoids. Another timestep, or a batch with several, runs the routed model itself: slower, never
+    wrong, and counted in ``fallbacks``. Attributes that it lacks are the routed model's (``config``, ``dtype``).
+
+    Attributes:
+        routed: the model it was made from, as it was.
+        variants: the static models; weights that are not sliced or fused are the routed model's own.
+        variant_of: which variant serves a timestep.
+        left: routed modules that stay routed, and why.
+        fallbacks: calls that the routed model had to serve.
+    """
+
+    def __init__(
+        self,
+        routed: nn.Module,
+        variants: Sequence[nn.Module],
+        variant_of: dict[float, int],
+        left: dict[str, str],
+        name: str,
+    ) -> None:
+        super().__init__()
+        self.routed, self.variants = routed, nn.ModuleList(variants)
+        self.variant_of, self.left, self.fallbacks = dict(variant_of), dict(left), 0
+        self._argument = name
+        self._position = _position(routed, name)
+        self._fixed: int | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the variant of this call's timestep."""
+        index = self._fixed if self._fixed is not None else self._index(args, kwargs)
+        return (self.routed if index is None else self.variants[index])(*args, **kwargs)
+
+    @contextmanager
+    def at(self, timestep: float) -> Iterator[Specialised]:
+        """Run the variant of ``timestep`` inside the block, without looking at the argument.
+
+        Raises:
+            InputError: the model was not specialised for it.
+        """
+        timestep = _rounded(timestep)
+        if timestep not in self.variant_of:
+            known = ", ".join(f"{t:g}" for t in self.variant_of)
+            raise InputError(f"run at timestep {timestep:g}", found=f"variants for {known}", do="specialise for it")
+        before, self._fixed = self._fixed, self.variant_of[timestep]
+        try:
+            yield self
+        finally:
+            self._fixed = before
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile every variant and the routed model, with the arguments of ``torch.compile``."""
+        for model in (*self.variants, self.routed):
+            model.compile(*args, **kwargs)
+
+    def _index(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+        value = kwargs[self._argument] if self._argument in kwargs else args[self._position]
+        times = set(value.flatten().tolist()) if isinstance(value, Tensor) else {value}
+        found = self.variant_of.get(_rounded(times.pop())) if len(times) == 1 else None
+        self.fallbacks += found is None
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("routed"), name)
+
+    def extra_repr(self) -> str:
+        """Describe the model in ``print``."""
+        return f"{len(self.variant_of)} timesteps, {len(self.variants)} variants, {len(self.left)} modules stay routed"
+
+
+@torch.no_grad()
+def specialise(model: nn.Module, timesteps: Sequence[float] | Tensor, inputs: Inputs = None) -> Specialised:
+    """Evaluate every router that reads the timestep alone at each of ``timesteps``, and fold what it chose.
+
+    The model is left as it is. Results equal the routed model's to rounding, at every timestep of the list.
+
+    Args:
+        model: a transformed model, in evaluation mode.
+        timesteps: those of the sampler, such as ``scheduler.timesteps``, as the model receives them.
+        inputs: example inputs, as for :func:`moefx.transform`.
+
+    Raises:
+        InputError: no timesteps, not finite ones, or a model in training mode.
+        NothingMatched: no router reads the timestep alone.
+        CaptureError: the model cannot be traced.
+    """
+    times = _times(timesteps)
+    if not isinstance(model, nn.Module) or model.training:
+        found = "training mode" if isinstance(model, nn.Module) else f"a {type(model).__name__}"
+        raise InputError("specialise a model", found=found, do="pass a transformed model, after model.eval()")
+    graph = trace(model, inputs)
+    facts = analyse(graph)
+    source = _timestep_input(graph, facts)
+    foldings, left = _foldings(graph, facts)
+    if not foldings:
+        found = "; ".join(f"{path}: {why}" for path, why in left.items()) or "no routed module"
+        raise NothingMatched(
+            f"specialise {type(model).__name__}",
+            found=found,
+            do="transform it with a recipe whose router reads the timestep alone (moefx recipes)",
+        )
+    shared: dict[str, dict[Hashable, Any]] = {folding.path: {} for folding in foldings}
+    chosen: dict[tuple[Hashable, ...], int] = {}
+    variants: list[nn.Module] = []
+    variant_of: dict[float, int] = {}
+    for time, values in zip(times, _evaluate(graph, source, foldings, times), strict=True):
+        folded = [f.module.fold(v, shared[f.path]) for f, v in zip(foldings, values, strict=True)]
+        key = tuple(choice for choice, _ in folded)
+        if key not in chosen:
+            chosen[key] = len(variants)
+            parts = {f.path: FirstArgument(static) for f, (_, static) in zip(foldings, folded, strict=True)}
+            variants.append(_with_parts(model, parts))
+        variant_of[time] = chosen[key]
+    return Specialised(model, variants, variant_of, left, source.name)
+
+
+def _times(timesteps: Sequence[float] | Tensor) -> list[float]:
+    given = timesteps.flatten().tolist() if isinstance(timesteps, Tensor) else list(timesteps)
+    times = [_rounded(t) for t in given]
+    if not times or not all(math.isfinite(t) for t in times):
+        raise InputError(
+            "specialise a model", found=f"timesteps {times[:5]}", do="pass the sampler's timesteps, at least one"
+        )
+    return list(dict.fromkeys(times))
+
+
+def _rounded(timestep: float) -> float:
+    """Return the float32 nearest to a timestep: a list of Python numbers and the tensor made of it agree."""
+    return float(np.float32(timestep))
+
+
+def _timestep_input(graph: Graph, facts: Facts) -> Node:
+    """Return the one input that carries the timestep."""
+    found = [node for node, kind in facts.context.classes.inputs.items() if kind == TIMESTEP]
+    if len(found) != 1:
+        names = ", ".join(node.name for node in found) or "none"
+        raise InputError(
+            f"specialise {type(graph.root).__name__}",
+            found=f"timestep inputs: {names}",
+            do="specialise models with exactly one timestep argument",
+        )
+    return found[0]
+
+
+def _foldings(graph: Graph, facts: Facts) -> tuple[list[_Folding], dict[str, str]]:
+    """Return the modules that the timestep alone decides, and for the other routed ones why not."""
+    folded: dict[str, _Folding] = {}
+    left: dict[str, str] = {}
+    for node in graph.fx.nodes:
+        module: Any = graph.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(module, Foldable):
+            continue
+        path = str(node.target)
+        arguments = tuple(node.args[i] for i in module.deciding if i < len(node.args))
+        reads = frozenset().union(*(facts.context.classes.of(n) for n in arguments if isinstance(n, Node)))
+        if not module.deciding:
+            left[path] = "its router reads tokens"
+        elif not all(isinstance(n, Node) for n in arguments) or not reads <= {TIMESTEP}:
+            left[path] = f"its choice depends on {', '.join(sorted(reads - {TIMESTEP}))}"
+        elif path in folded:
+            left[path] = "it is called more than once"
+        else:
+            folded[path] = _Folding(path, module, tuple(n for n in arguments if isinstance(n, Node)))
+    return [folding for path, folding in folded.items() if path not in left], left
+
+
+def _evaluate(
+    graph: Graph, source: Node, foldings: list[_Folding], times: list[float]
+) -> Iterator[list[tuple[Tensor, ...]]]:
+    """Yield, per timestep, the deciding values of each module for one sample; nothing else of the model runs."""
+    needed = _ancestors([node for folding in foldings for node in folding.arguments])
+    assert graph.call_spec is not None
+    inputs = [node for node in graph.fx.nodes if node.op == "placeholder"]
+    examples = dict(zip(inputs, graph.call_spec.examples, strict=True))
+    for time in times:
+        env: dict[Node, Any] = {}
+        for node in graph.fx.nodes:
+            if node in needed:
+                at_time = torch.full_like(examples[node], time) if node is source else examples.get(node)
+                env[node] = at_time if node.op == "placeholder" else graph.run_node(node, env)
+        yield [tuple(_one_sample(env[node]) for node in folding.arguments) for folding in foldings]
+
+
+def _ancestors(nodes: Sequence[Node]) -> set[Node]:
+    seen: set[Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return seen
+
+
+def _one_sample(value: Tensor) -> Tensor:
+    return value[:1] if value.ndim else value
+
+
+def _with_parts(model: nn.Module, parts: Mapping[str, nn.Module], path: str = "") -> nn.Module:
+    """Return a copy of the module tree that shares every parameter and buffer, with other modules at some paths."""
+    if path in parts:
+        return parts[path].eval()
+    clone = model.__class__.__new__(model.__class__)
+    clone.__dict__.update(model.__dict__)
+    for kind in ("_parameters", "_buffers"):
+        clone.__dict__[kind] = dict(model.__dict__[kind])
+    children = model._modules.items()
+    clone.__dict__["_modules"] = {
+        name: child if child is None else _with_parts(child, parts, f"{path}.{name}".lstrip("."))
+        for name, child in children
+    }
+    return clone
+
+
+def _position(model: nn.Module, name: str) -> int:
+    return list(inspect.signature(model.forward).parameters).index(name)

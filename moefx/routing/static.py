@@ -1,0 +1,131 @@
+"""Routing that is known beforehand: what is left of a routed layer when its choice is one for all tokens.
+
+A layer whose router reads the timestep alone makes the same choice for every token and every sample of a sampler step.
+Then there is nothing to sort and nothing to gather: the chosen experts are one dense FFN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moefx.routing.experts import Experts
+
+
+@runtime_checkable
+class Foldable(Protocol):
+    """A module that some of its arguments decide: given their values, a static module does its work.
+
+    Attributes:
+        deciding: positions of the arguments that decide; the layer can be folded where they depend on the timestep
+            alone.
+    """
+
+    deciding: tuple[int, ...]
+
+    def fold(self, values: tuple[Tensor, ...], shared: dict[Hashable, Any]) -> tuple[Hashable, nn.Module]:
+        """Return the choice, and a module that maps the first argument to what this one returns under that choice.
+
+        Args:
+            values: of the deciding arguments, for one sample, ``[1, ...]``.
+            shared: what the static modules of this layer share, such as weights; the layer may add to it.
+        """
+
+
+class FusedWeights(nn.Module):
+    """The matrices of K experts beside each other: views of the stacked ones for K = 1, else copies."""
+
+    w_in: Tensor
+    b_in: Tensor | None
+    w_gate: Tensor | None
+    b_gate: Tensor | None
+    w_out: Tensor
+    b_out: Tensor | None
+
+    def __init__(self, experts: Experts, chosen: tuple[int, ...]) -> None:
+        super().__init__()
+        for name in ("w_in", "b_in", "w_gate", "b_gate"):
+            stacked = getattr(experts, name)
+            self.register_buffer(name, None if stacked is None else _beside(stacked, chosen, 0), persistent=False)
+        self.register_buffer("w_out", _beside(experts.w_out, chosen, 1), persistent=False)
+        self.register_buffer("b_out", None if experts.b_out is None else experts.b_out.detach(), persistent=False)
+
+
+class FusedFFN(nn.Module):
+    """Chosen experts as one FFN: ``y = W_out (g ⊙ act(W_in x + b_in)) + b_out``, g repeated over each expert's units.
+
+    Args:
+        weights: of the fused network; ``w_in`` ``[K·m, D]``. Several FusedFFNs may share one module.
+        gates: ``[K]``; None where every gate is 1.
+        act: pointwise, ``act(up)`` or ``act(up, gate)``.
+    """
+
+    scale: Tensor | None
+
+    def __init__(self, weights: FusedWeights, gates: Tensor | None, act: Callable[..., Any]) -> None:
+        super().__init__()
+        self.weights, self.act = weights, act
+        scale = None if gates is None else gates.repeat_interleave(weights.w_in.shape[0] // gates.shape[0])
+        self.register_buffer("scale", scale, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., D]`` to ``[..., D_o]``."""
+        w = self.weights
+        up = F.linear(x, w.w_in, w.b_in)
+        h = self.act(up) if w.w_gate is None else self.act(up, F.linear(x, w.w_gate, w.b_gate))
+        if self.scale is not None:
+            h = (h * self.scale).to(h.dtype)
+        y: Tensor = F.linear(h, w.w_out, w.b_out)
+        return y
+
+
+def _beside(stacked: Tensor, chosen: tuple[int, ...], dim: int) -> Tensor:
+    parts = [stacked.detach()[e] for e in chosen] or [stacked.detach()[0].narrow(dim, 0, 0)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
+
+
+def fuse(experts: Experts, chosen: Tensor, gates: Tensor, shared: dict[Hashable, Any]) -> tuple[Hashable, FusedFFN]:
+    """Return (choice, static FFN) for expert indices and gates ``[K]``; indices outside [0, E) contribute nothing.
+
+    Weights are made once per set of experts and kept in ``shared``; gates belong to each static FFN.
+    """
+    pairs = sorted(
+        (int(e), float(g)) for e, g in zip(chosen.tolist(), gates.tolist(), strict=True) if 0 <= e < experts.num_experts
+    )
+    names = tuple(e for e, _ in pairs)
+    if names not in shared:
+        shared[names] = FusedWeights(experts, names)
+    plain = all(g == 1.0 for _, g in pairs)
+    values = None if plain else torch.tensor([g for _, g in pairs], dtype=gates.dtype, device=gates.device)
+    return tuple(pairs), FusedFFN(shared[names], values, experts.act)
+
+
+class Sum(nn.Module):
+    """A static FFN beside a shared one: ``y = static(x) + s · shared(x)``."""
+
+    def __init__(self, static: nn.Module, shared: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.static, self.shared, self.scale = static, shared, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., D]`` to ``[..., D_o]``."""
+        shared: Tensor = self.shared(x)
+        y: Tensor = self.static(x) + (shared if self.scale == 1.0 else shared * self.scale)
+        return y
+
+
+class FirstArgument(nn.Module):
+    """Stand where a routed layer stood: called with what it read to choose, hand on the tokens alone."""
+
+    def __init__(self, static: nn.Module) -> None:
+        super().__init__()
+        self.static = static
+
+    def forward(self, x: Tensor, *_: Any) -> Tensor:
+        """Return ``static(x)``."""
+        y: Tensor = self.static(x)
+        return y
