@@ -153,7 +153,7 @@ def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_every_source_file_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     shipped = {name for name in names if ".dist-info/" not in name}
-    expected = {"moefx/py.typed"}
+    expected = {"moefx/py.typed", "moefx/codegen/schedules.json"}
     for package, folder in FOLDERS.items():
         expected |= {
             f"{package.replace('.', '/')}/{file.relative_to(folder).as_posix()}"
