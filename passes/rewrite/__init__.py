@@ -1,6 +1,14 @@
 """Rewriting passes, one file each."""
 
-from moefx.passes.rewrite import attention_experts, channel_groups, mixture_of_depths, mixture_of_heads, upcycle
+from moefx.passes.rewrite import (
+    attention_experts,
+    channel_groups,
+    mixture_of_depths,
+    mixture_of_heads,
+    sparse_neurons,
+    split,
+    upcycle,
+)
 from moefx.passes.rewrite.base import (
     BlockContext,
     BlockPass,
@@ -17,7 +25,7 @@ from moefx.passes.rewrite.base import (
 )
 
 # Importing these modules registers their passes.
-_MODULES = (attention_experts, channel_groups, mixture_of_depths, mixture_of_heads, upcycle)
+_MODULES = (attention_experts, channel_groups, mixture_of_depths, mixture_of_heads, sparse_neurons, split, upcycle)
 
 __all__ = [
     "BlockContext",
