@@ -7,6 +7,7 @@ from moefx.passes.rewrite import (
     mixture_of_heads,
     sparse_neurons,
     split,
+    token_bypass,
     upcycle,
 )
 from moefx.passes.rewrite.base import (
@@ -25,7 +26,16 @@ from moefx.passes.rewrite.base import (
 )
 
 # Importing these modules registers their passes.
-_MODULES = (attention_experts, channel_groups, mixture_of_depths, mixture_of_heads, sparse_neurons, split, upcycle)
+_MODULES = (
+    attention_experts,
+    channel_groups,
+    mixture_of_depths,
+    mixture_of_heads,
+    sparse_neurons,
+    split,
+    token_bypass,
+    upcycle,
+)
 
 __all__ = [
     "BlockContext",

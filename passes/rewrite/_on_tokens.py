@@ -62,6 +62,7 @@ def run_on_tokens(context: BlockContext, rule: str, child: str, count: int) -> R
     chosen = splice.call_function(gather_tokens, (x, index), around=first)
     for user in users:
         user.replace_input_with(x, chosen)
+    before = {chosen: value}
     for item in layout.follows:
         node = context.node(item.node)
         readers = [context.node(item.user)] if item.user else list(node.users)
@@ -69,16 +70,16 @@ def run_on_tokens(context: BlockContext, rule: str, child: str, count: int) -> R
         cut = splice.call_function(follow, (node, index, x, item.axes, item.ndim, item.joint), around=around)
         for reader in readers:
             reader.replace_input_with(node, cut)
-    _reshape(graph, x, chosen)
+        before[cut] = node.meta["val"]
+    _reshape(graph, before)
     after = graph.output_node.args[0][layout.output]  # type: ignore[index]
     assert isinstance(after, Node)
     return Routed(splice, x, index, weights, chosen, after)
 
 
-def _reshape(graph: Graph, x: Node, chosen: Node) -> None:
-    """Derive the example values of all that is computed from the chosen tokens again."""
-    mode = chosen.meta["val"].fake_mode
-    before = {chosen: x.meta["val"]}
+def _reshape(graph: Graph, before: dict[Node, Any]) -> None:
+    """Derive the example values of all that is computed from nodes whose values were as in ``before`` again."""
+    mode = next(iter(before.values())).fake_mode
     for node in graph.fx.nodes:
         read = before.keys() & set(node.all_input_nodes)
         if node in before or not read or node.op == "output":
