@@ -126,6 +126,9 @@ def kernel(
 {% endif %}
     map_ptr,  # int32 [3, TILES], see the tile map kernel
     out_ptr,  # {{ dtype }} [R, N]
+{% if keep %}
+    kept_ptr,  # {{ dtype }} [R, {{ halves * n }}], what goes into the epilogue
+{% endif %}
     x_stride,
     experts,
     tiles,
@@ -150,6 +153,13 @@ def kernel(
     keep = {{ "(row < row_end)[:, None] & (col < %d)[None, :]" % n if mask_n else "(row < row_end)[:, None]" }}
     if expert == experts:  # dropped rows are zero, and always written
         tl.store(out, tl.zeros(({{ block_m }}, {{ block_n }}), out_ptr.dtype.element_ty), mask=keep)
+{% if keep %}
+        nothing = tl.zeros(({{ block_m }}, {{ block_n }}), kept_ptr.dtype.element_ty)
+        kept = kept_ptr + row.to(tl.int64)[:, None] * {{ halves * n }} + col[None, :]
+{% for half in range(halves) %}
+        tl.store(kept{{ " + %d" % (half * n) if half }}, nothing, mask=keep)
+{% endfor %}
+{% endif %}
         return
 
     # Rows past the end of the group re-read its first row: finite data, no predicate in the loop, masked when stored.
@@ -197,6 +207,12 @@ def kernel(
     z{{ half }} += b{{ half }}.to(tl.float32)[None, :]
 {% endfor %}
 {% endif %}
+{% if keep %}
+    kept = kept_ptr + row.to(tl.int64)[:, None] * {{ halves * n }} + col[None, :]
+{% for half in range(halves) %}
+    tl.store(kept{{ " + %d" % (half * n) if half }}, z{{ half }}.to(kept_ptr.dtype.element_ty), mask=keep)
+{% endfor %}
+{% endif %}
 {% if statements %}
 
     # Epilogue, in float32.
@@ -207,8 +223,8 @@ def kernel(
     tl.store(out, {{ result }}.to(out_ptr.dtype.element_ty), mask=keep)
 
 
-def launch({{ (["x"] + operand_names + ["tile_map", "out", "upcast"]) | join(", ") }}):
-    """Write ``out`` [R, N]."""
+def launch({{ (["x"] + operand_names + ["tile_map", "out"] + (["kept"] if keep else []) + ["upcast"]) | join(", ") }}):
+    """Write ``out`` [R, N]{{ " and ``kept``" if keep }}."""
     tiles = tile_map.shape[1]
     kernel[(tiles * {{ column_tiles }},)](
         x,
@@ -217,6 +233,9 @@ def launch({{ (["x"] + operand_names + ["tile_map", "out", "upcast"]) | join(", 
 {% endfor %}
         tile_map,
         out,
+{% if keep %}
+        kept,
+{% endif %}
         x.stride(0),
         {{ weight_names[0] }}.shape[0],
         tiles,
@@ -238,7 +257,9 @@ def invert(order_ptr, position_ptr, rows, BLOCK: tl.constexpr):
 def kernel(
     rows_ptr,  # {{ dtype }} [R, D]
     position_ptr,  # int64 [T * k]
+{% if weighted %}
     weights_ptr,  # float32 [T, k], contiguous
+{% endif %}
     out_ptr,  # {{ dtype }} [T, D]
 ):
     """One token and {{ block_n }} columns: slots are added in order, so the result does not depend on scheduling."""
@@ -247,13 +268,15 @@ def kernel(
     total = tl.zeros(({{ block_n }},), tl.float32)
     for slot in tl.static_range({{ top_k }}):
         position = tl.load(position_ptr + token * {{ top_k }} + slot)
+{% if weighted %}
         weight = tl.load(weights_ptr + token * {{ top_k }} + slot)
+{% endif %}
 {% if mask_n %}
         row = tl.load(rows_ptr + position * {{ n }} + col, mask=col < {{ n }}, other=0.0)
 {% else %}
         row = tl.load(rows_ptr + position * {{ n }} + col)
 {% endif %}
-        total += weight * row.to(tl.float32)
+        total += {{ "weight * " if weighted }}row.to(tl.float32)
 {% if mask_n %}
     tl.store(out_ptr + token * {{ n }} + col, total.to(out_ptr.dtype.element_ty), mask=col < {{ n }})
 {% else %}
@@ -261,8 +284,8 @@ def kernel(
 {% endif %}
 
 
-def launch(rows, order, position, weights, out):
+def launch(rows, order, position, {{ weights }}out):
     """Write ``out`` [T, D]; ``position`` int64 [T * k] is scratch."""
     invert[(triton.cdiv(order.shape[0], 1024),)](order, position, order.shape[0], BLOCK=1024)
-    kernel[(out.shape[0], {{ column_tiles }})](rows, position, weights, out, num_warps={{ num_warps }})
+    kernel[(out.shape[0], {{ column_tiles }})](rows, position, {{ weights }}out, num_warps={{ num_warps }})
 '''

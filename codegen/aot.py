@@ -28,7 +28,7 @@ from moefx.codegen.disassembly import read_cubin, read_gcn
 from moefx.codegen.emit import emit, emit_tile_map, operand_names
 from moefx.codegen.reasons import CannotLower
 from moefx.codegen.schedule import Schedule
-from moefx.codegen.spec import CombineSpec, KernelSpec, LinearSpec, digest
+from moefx.codegen.spec import CombineSpec, Kernel, KernelSpec, digest
 from moefx.codegen.targets import Target
 
 _TRITON_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -119,21 +119,23 @@ def tile_map_job(target: Target, block_m: int) -> Job:
 
 def arguments(spec: KernelSpec) -> list[Any]:
     """Return what ``launch`` of the spec's module takes: ``[Triton type, shape]`` of a tensor, or a number."""
+    if isinstance(spec, Kernel):
+        return spec.arguments(_ROWS, _EXPERTS, _TILES)
     item = _TRITON_TYPES[spec.dtype]
     if isinstance(spec, CombineSpec):
         tokens, slots = _ROWS, spec.top_k
         flat = tokens * slots
-        shapes: list[Any] = [[item, [flat, spec.features]], ["i64", [flat]], ["i64", [flat]], ["fp32", [tokens, slots]]]
+        shapes: list[Any] = [[item, [flat, spec.features]], ["i64", [flat]], ["i64", [flat]]]
+        shapes += [["fp32", [tokens, slots]]] if spec.weighted else []
         return [*shapes, [item, [tokens, spec.features]]]
-    if not isinstance(spec, LinearSpec):
-        raise CannotLower(f"compile {spec.name}", found="a kernel without described arguments")
     rows = _ROWS * (spec.top_k if spec.gather else 1)
     weights, biases = operand_names(spec)
     found: list[Any] = [[item, [_ROWS, spec.in_features]]]
     found += [[item, [_EXPERTS, spec.weight_rows, spec.in_features]] for _ in weights]
     found += [[item, [_EXPERTS, spec.weight_rows]] for _ in biases]
     found += [["i64", [rows]]] if spec.gather else []
-    return [*found, ["i32", [3, _TILES]], [item, [rows, spec.out_features]], False]
+    kept = [[item, [rows, spec.out_features * spec.halves]]] if spec.keep else []
+    return [*found, ["i32", [3, _TILES]], [item, [rows, spec.out_features]], *kept, False]
 
 
 def compile_for(spec: KernelSpec, schedule: Schedule | None, target: Target) -> Resources:

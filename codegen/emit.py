@@ -12,7 +12,7 @@ import jinja2
 
 from moefx.codegen import _templates
 from moefx.codegen.schedule import Schedule, combine_columns
-from moefx.codegen.spec import CombineSpec, KernelSpec, LinearSpec, digest
+from moefx.codegen.spec import CombineSpec, Kernel, KernelSpec, LinearSpec, digest
 
 
 @functools.cache
@@ -38,7 +38,9 @@ def emit(spec: KernelSpec, schedule: Schedule | None = None) -> str:
     if isinstance(spec, CombineSpec):
         return emit_combine(spec)
     if schedule is None:
-        raise ValueError("a grouped projection is emitted for a schedule")
+        raise ValueError(f"{spec.name} is emitted for a schedule")
+    if isinstance(spec, Kernel):
+        return spec.emit(schedule)
     if schedule.variant == "tma":
         from moefx.codegen.tma import emit_tma  # which prints with the helpers of this module
 
@@ -80,6 +82,7 @@ def emit_linear(spec: LinearSpec, schedule: Schedule) -> str:
         precision=f', input_precision="{spec.precision}"' if spec.dtype == "float32" else "",
         statements=spec.epilogue.triton(),
         result=result(spec),
+        keep=spec.keep,
     )
 
 
@@ -121,13 +124,16 @@ def meaning(spec: LinearSpec) -> str:
 def emit_combine(spec: CombineSpec) -> str:
     """Return the source of the weighted, deterministic sum over slots."""
     columns, warps = combine_columns(spec)
+    factor = "weights[t, s] * " if spec.weighted else ""
     return render(
         _templates.COMBINE,
-        title=f"{spec.name}: weighted sum of the {spec.top_k} rows of each token.",
-        meaning=f"out[t] = sum over slots s of weights[t, s] * rows[position[t * {spec.top_k} + s]], in float32",
+        title=f"{spec.name}: {'weighted ' if spec.weighted else ''}sum of the {spec.top_k} rows of each token.",
+        meaning=f"out[t] = sum over slots s of {factor}rows[position[t * {spec.top_k} + s]], in float32",
         facts=f"D = {spec.features}; {columns} columns per program, {warps} warps.",
         helpers=[],
         dtype=spec.dtype,
+        weighted=spec.weighted,
+        weights="weights, " if spec.weighted else "",
         top_k=spec.top_k,
         n=spec.features,
         block_n=columns,

@@ -39,7 +39,21 @@ _SAME = frozenset({"clone", "alias", "detach", "view", "_unsafe_view", "reshape"
 _CASTS = frozenset({"_to", "convert_element_type", "device_put"})
 _CONSTANTS = frozenset({"scalar_tensor", "full", "full_like", "zeros_like", "ones_like"})
 _COMPOSITE = frozenset(
-    {"add", "sub", "rsub", "pow", "square", "reciprocal", "relu", "clamp", "clamp_min", "clamp_max", "sign", "tan"}
+    {
+        "add",
+        "sub",
+        "rsub",
+        "pow",
+        "square",
+        "reciprocal",
+        "relu",
+        "clamp",
+        "clamp_min",
+        "clamp_max",
+        "sign",
+        "tan",
+        "hardtanh",
+    }
 )
 _SPLITS = frozenset({"split", "slice", "split_with_sizes"})
 _TRACED_ROWS = 2
@@ -230,14 +244,19 @@ class _Reader:
             )
             low = node.kwargs.get("min", low)  # type: ignore[assignment]
             high = node.kwargs.get("max", high)  # type: ignore[assignment]
-            value = x if low is None else step("maximum", x, low)
-            return str(value if high is None else step("minimum", value, high))
+            # As choices, whose derivative at the bound is one; a maximum shares it with the bound.
+            value = x if low is None else step("where", step("lt", x, low), low, x)
+            return str(value if high is None else step("where", step("gt", value, high), high, value))
+        if name == "hardtanh":
+            low, high = [float(cast(float, v)) for v in (*args[1:], *(-1.0, 1.0)[len(args) - 1 :])]
+            return step("where", step("le", x, low), low, step("where", step("ge", x, high), high, x))
         if name == "sign":
-            return step("where", step("gt", x, 0.0), 1.0, step("where", step("lt", x, 0.0), -1.0, x))
+            return step("where", step("gt", x, 0.0), 1.0, step("where", step("lt", x, 0.0), -1.0, step("mul", x, 0.0)))
         simple: dict[str, Callable[[], str]] = {
             "square": lambda: step("mul", x, x),
             "reciprocal": lambda: step("div", 1.0, x),
-            "relu": lambda: step("maximum", x, 0.0),
+            # As a choice, not as a maximum: its derivative at zero is zero, that of a maximum is not.
+            "relu": lambda: step("where", step("le", x, 0.0), 0.0, x),
             "tan": lambda: step("div", step("sin", x), step("cos", x)),
         }
         return simple[name]()

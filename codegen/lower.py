@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -179,6 +180,8 @@ class _Finder:
             sink, between = self.consumer(projections)
             chain.check_follows(sink)
             fused = self.epilogue(projections, between, sink)
+            if dialect_op(sink) == "combine" and not fused.keeps_zero:
+                raise CannotLower("fuse an expression", found="it is not zero at zero, where rows of dropped slots are")
             width = spec.out_features * len(projections) // fused.inputs
             spec = dataclasses.replace(spec, out_features=width, epilogue=fused, weights=len(projections))
         except CannotLower as error:
@@ -312,9 +315,16 @@ def _site(node: fx.Node) -> str:
     return node.name
 
 
-def replace(graph: fx.GraphModule, found: Iterable[Lowering | Refusal]) -> int:
-    """Replace regions by calls of their kernels, in place, and return how many were; refusals are left alone."""
-    from moefx.codegen.runtime import register  # the operator is defined only where kernels are wanted
+def replace(graph: fx.GraphModule, found: Iterable[Lowering | Refusal], training: bool = False) -> int:
+    """Replace regions by calls of their kernels, in place, and return how many were; refusals are left alone.
+
+    With ``training`` a region also saves what its gradient reads.
+    """
+    # The operators are defined only where kernels are wanted.
+    import moefx.codegen.backward  # noqa: F401
+    from moefx.codegen.runtime import register
+
+    target = torch.ops.moefx.region_train.default if training else torch.ops.moefx.region.default
 
     count = 0
     for lowering in found:
@@ -322,7 +332,9 @@ def replace(graph: fx.GraphModule, found: Iterable[Lowering | Refusal]) -> int:
             continue
         with graph.graph.inserting_before(lowering.output):
             arguments = (list(lowering.inputs), register(lowering.region))
-            call = graph.graph.call_function(torch.ops.moefx.region.default, arguments)
+            call = graph.graph.call_function(target, arguments)
+            if training:
+                call = graph.graph.call_function(operator.getitem, (call, 0))
         call.meta = dict(lowering.output.meta)
         lowering.output.replace_all_uses_with(call)
         for node in reversed(lowering.nodes):

@@ -8,7 +8,7 @@ Triton spelling and its torch meaning; activations are not in it, they arrive de
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,32 +100,53 @@ class Pointwise:
         return self.inputs == 1 and self.result == "z0"
 
     @property
+    def keeps_zero(self) -> bool:
+        """Whether zeros give zero, as rows of dropped pairs have to stay."""
+        zero = torch.zeros(1, dtype=torch.float64)
+        return bool(self.evaluate(*[zero] * self.inputs) == 0)
+
+    @property
     def helpers(self) -> tuple[str, ...]:
         """Names of the device functions that the printed program calls, callees first."""
-        found = dict.fromkeys(helper for step in self.steps for helper in OPS[step.op].helpers)
-        return tuple(found)
+        return helpers_of(self.steps)
 
     def text(self) -> str:
         """Return the program as one line per step: the form that is hashed and dumped."""
-        lines = [f"{s.name} = {s.op}({', '.join(_spell(a) for a in s.args)})" for s in self.steps]
-        return "\n".join([*lines, f"return {_spell(self.result)}"])
+        lines = [f"{s.name} = {s.op}({', '.join(spell(a) for a in s.args)})" for s in self.steps]
+        return "\n".join([*lines, f"return {spell(self.result)}"])
 
     def triton(self) -> list[str]:
         """Return the program as Triton statements, one per step."""
-        return [f"{s.name} = {OPS[s.op].triton.format(*map(_spell, s.args))}" for s in self.steps]
+        return statements_of(self.steps)
 
     def evaluate(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Evaluate the program in float64: the reference for kernels that contain it."""
-        values: dict[str, Any] = {f"z{i}": z.to(torch.float64) for i, z in enumerate(inputs)}
-        for step in self.steps:
-            values[step.name] = OPS[step.op].torch(*(values[a] if isinstance(a, str) else a for a in step.args))
+        values = run(self.steps, {f"z{i}": z.to(torch.float64) for i, z in enumerate(inputs)})
         if isinstance(self.result, str):
             result: torch.Tensor = values[self.result]
             return result
         return torch.full_like(values["z0"], self.result)
 
 
-def _spell(arg: Arg) -> str:
+def helpers_of(steps: Iterable[Step]) -> tuple[str, ...]:
+    """Return the names of the device functions that printed steps call, callees first."""
+    return tuple(dict.fromkeys(helper for step in steps for helper in OPS[step.op].helpers))
+
+
+def statements_of(steps: Iterable[Step]) -> list[str]:
+    """Return steps as Triton statements, one each."""
+    return [f"{s.name} = {OPS[s.op].triton.format(*map(spell, s.args))}" for s in steps]
+
+
+def run(steps: Iterable[Step], values: dict[str, Any]) -> dict[str, Any]:
+    """Add the value of every step to ``values``, in torch."""
+    for step in steps:
+        values[step.name] = OPS[step.op].torch(*(values[a] if isinstance(a, str) else a for a in step.args))
+    return values
+
+
+def spell(arg: Arg) -> str:
+    """Return an argument as it stands in a program."""
     if isinstance(arg, str):
         return arg
     if arg != arg or arg in (float("inf"), float("-inf")):
@@ -136,8 +157,8 @@ def _spell(arg: Arg) -> str:
 class Builder:
     """Build a :class:`Pointwise` step by step; equal steps are made once, unused ones are dropped."""
 
-    def __init__(self, inputs: int) -> None:
-        self.inputs = inputs
+    def __init__(self, inputs: int, *others: str) -> None:
+        self.inputs, self.others = inputs, others
         self._steps: dict[tuple[str, tuple[Arg, ...]], Step] = {}
         self._by_name: dict[str, Step] = {}
 
@@ -169,15 +190,20 @@ class Builder:
 
     def finish(self, result: Arg) -> Pointwise:
         """Return the program, without the steps that the result does not need, renumbered."""
-        needed: set[Arg] = {result}
+        steps, (value,) = self.finish_all(result)
+        return Pointwise(self.inputs, steps, value)
+
+    def finish_all(self, *results: Arg) -> tuple[tuple[Step, ...], tuple[Arg, ...]]:
+        """Return the steps that any of the results needs, renumbered, and the results under their new names."""
+        needed: set[Arg] = set(results)
         for step in reversed(self._steps.values()):
             if step.name in needed:
                 needed.update(step.args)
-        names: dict[Arg, str] = {f"z{i}": f"z{i}" for i in range(self.inputs)}
+        names: dict[Arg, str] = {name: name for name in (*(f"z{i}" for i in range(self.inputs)), *self.others)}
         steps: list[Step] = []
         for step in self._steps.values():
             if step.name in needed:
                 args = tuple(names[a] if isinstance(a, str) else a for a in step.args)
                 names[step.name] = f"v{len(steps)}"
                 steps.append(Step(names[step.name], step.op, args))
-        return Pointwise(self.inputs, tuple(steps), names[result] if isinstance(result, str) else result)
+        return tuple(steps), tuple(names[r] if isinstance(r, str) else r for r in results)

@@ -8,18 +8,21 @@ Shapes: T tokens, k slots, R = T * k routed rows, E experts, K input and N outpu
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import ModuleType
+from typing import Generic, TypeVar
 
 import torch
 
 from moefx.codegen import store, tune
 from moefx.codegen.emit import emit, emit_tile_map
 from moefx.codegen.reasons import CannotLower
-from moefx.codegen.schedule import Schedule, load_class, row_tile
+from moefx.codegen.schedule import Schedule, load_class, ranked, row_tile
 from moefx.codegen.spec import CombineSpec, LinearSpec, RegionSpec
 from moefx.codegen.targets import Target, target_of
 
@@ -46,11 +49,52 @@ def interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Operands(Generic[T]):
+    """What a region reads, one entry per projection; or what stands for it, such as positions."""
+
+    x: T
+    offsets: T
+    order: T | None
+    weights: tuple[list[T], ...]
+    biases: tuple[list[T], ...]
+    gates: T | None
+
+    @classmethod
+    def of(cls, region: RegionSpec, tensors: Sequence[T]) -> Operands[T]:
+        """Split the inputs of :func:`region_op`."""
+        remaining = iter(tensors)
+        x, offsets = next(remaining), next(remaining)
+        order = next(remaining) if region.reads_order else None
+        weights, biases = [], []
+        for spec in region.linears:
+            weights.append(list(itertools.islice(remaining, spec.weights)))
+            biases.append(list(itertools.islice(remaining, spec.weights if spec.bias else 0)))
+        gates = next(remaining) if region.combine is not None else None
+        return cls(x, offsets, order, tuple(weights), tuple(biases), gates)
+
+
+def row_block(target: Target, load: int) -> int:
+    """Return the row tile that all kernels of a region share, hence one tile map."""
+    return 32 if target.is_interpreter else row_tile(load)
+
+
 def schedules(region: RegionSpec, target: Target, rows: int, experts: int) -> tuple[Schedule, ...]:
-    """Return the schedules of a region's projections for a load; all have the same row tile, hence one tile map."""
+    """Return the schedules of a region's projections for a load."""
     load = load_class(rows, experts)
-    block_m = 32 if target.is_interpreter else row_tile(load)
-    return tuple(tune.schedule_for(linear, target, load, experts, block_m) for linear in region.linears)
+    return tuple(_schedule(linear, target, load, experts, row_block(target, load)) for linear in region.linears)
+
+
+def _schedule(spec: LinearSpec, target: Target, load: int, experts: int, block_m: int) -> Schedule:
+    """Return the schedule of a projection; one that keeps its products loads by pointers."""
+    plain = dataclasses.replace(spec, keep=False)
+    found = tune.schedule_for(plain, target, load, experts, block_m)
+    if spec.keep and found.variant != "pointer":
+        found = next(s for s in ranked(plain, target, load, experts, block_m) if s.variant == "pointer")
+    return found
 
 
 def sources(region: RegionSpec, target: Target, rows: int, experts: int) -> dict[str, str]:
@@ -98,12 +142,13 @@ class Projection:
         order: torch.Tensor | None,
         tiles: torch.Tensor,
         out: torch.Tensor,
+        kept: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Write ``out`` [R, N] from ``x``, [T, K] with ``order``, else [R, K]."""
+        """Write ``out`` [R, N], and ``kept`` if the spec says so, from ``x``, [T, K] with ``order``, else [R, K]."""
         operands = [x if x.stride(-1) == 1 else x.contiguous(), *(t.contiguous() for t in (*weights, *biases))]
         operands += [order] if order is not None else []
         if tiles.numel():
-            self._module.launch(*operands, tiles, out, self._upcast)
+            self._module.launch(*operands, tiles, out, *([] if kept is None else [kept]), self._upcast)
         return out
 
 
@@ -114,11 +159,12 @@ class Combine:
         self.spec = spec
         self._module = store.load(emit(spec), spec.name)
 
-    def __call__(self, rows: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Return the weighted sum [T, D] of routed rows [R, D]."""
-        out = rows.new_empty((weights.shape[0], self.spec.features))
+    def __call__(self, rows: torch.Tensor, order: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+        """Return the sum [T, D] of routed rows [R, D] over slots, weighted if the spec says so."""
+        out = rows.new_empty((order.shape[0] // self.spec.top_k, self.spec.features))
+        gates = [] if weights is None else [weights.to(torch.float32).contiguous()]
         if out.numel():
-            self._module.launch(rows, order, torch.empty_like(order), weights.to(torch.float32).contiguous(), out)
+            self._module.launch(rows, order, torch.empty_like(order), *gates, out)
         return out
 
 
@@ -132,27 +178,28 @@ class LoadedRegion:
         self.projections = [Projection(spec, schedule) for spec, schedule in zip(region.linears, chosen, strict=True)]
         self.combine = Combine(region.combine) if region.combine else None
 
-    def __call__(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Run the region; ``tensors`` as :func:`region_op` takes them."""
-        remaining = iter(tensors)
-        x, offsets = next(remaining), next(remaining)
-        order = next(remaining) if self.region.reads_order else None
+    def __call__(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Run the region; ``tensors`` as :func:`region_op` takes them. Return its result and what it saved."""
+        given = Operands.of(self.region, tensors)
+        x, order = given.x, given.order
         rows = order.shape[0] if order is not None else x.shape[0]
-        tiles = tile_map(offsets, rows, self.block_m)
-        for projection in self.projections:
+        tiles = tile_map(given.offsets, rows, self.block_m)
+        saved = []
+        for i, (projection, saves) in enumerate(zip(self.projections, self.region.saves, strict=True)):
             spec = projection.spec
-            weights = list(itertools.islice(remaining, spec.weights))
-            biases = list(itertools.islice(remaining, spec.weights if spec.bias else 0))
+            kept = x.new_empty((rows, spec.out_features * spec.halves)) if spec.keep else None
             out = x.new_empty((rows, spec.out_features))
-            x = projection(x, weights, biases, order if spec.gather else None, tiles, out)
+            gathered = order if spec.gather else None
+            x = projection(x, given.weights[i], given.biases[i], gathered, tiles, out, kept)
+            saved += [x if kept is None else kept] if saves else []
         if self.combine is not None and order is not None:
-            x = self.combine(x, order, next(remaining))
-        return x
+            x = self.combine(x, order, given.gates)
+        return x, saved
 
 
 @functools.lru_cache(maxsize=1024)
 def _loaded(key: str, target: Target, load: int, experts: int) -> LoadedRegion:
-    return LoadedRegion(_region(key), target, load * experts, experts)
+    return LoadedRegion(region_of(key), target, load * experts, experts)
 
 
 def clear() -> None:
@@ -169,21 +216,30 @@ def region_op(tensors: Sequence[torch.Tensor], key: str) -> torch.Tensor:
     """Run the region ``key`` on x, offsets, order if read, each projection's weights and biases, gates if read."""
     x, offsets = tensors[0], tensors[1]
     experts = offsets.shape[0] - 1
-    rows = tensors[2].shape[0] if _region(key).reads_order else x.shape[0]
-    return _loaded(key, target_of(x.device), load_class(rows, experts), experts)(tensors)
+    rows = routed_rows(region_of(key), tensors)
+    return _loaded(key, target_of(x.device), load_class(rows, experts), experts)(tensors)[0]
 
 
 @region_op.register_fake
 def _(tensors: Sequence[torch.Tensor], key: str) -> torch.Tensor:
-    region = _region(key)
+    return fake_result(region_of(key), tensors)
+
+
+def fake_result(region: RegionSpec, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return an empty result of a region."""
     x = tensors[0]
     if region.combine is not None:
         return x.new_empty((tensors[-1].shape[0], region.combine.features))
-    rows = tensors[2].shape[0] if region.reads_order else x.shape[0]
-    return x.new_empty((rows, region.linears[-1].out_features))
+    return x.new_empty((routed_rows(region, tensors), region.linears[-1].out_features))
 
 
-def _region(key: str) -> RegionSpec:
+def routed_rows(region: RegionSpec, tensors: Sequence[torch.Tensor]) -> int:
+    """Return R."""
+    return tensors[2].shape[0] if region.reads_order else tensors[0].shape[0]
+
+
+def region_of(key: str) -> RegionSpec:
+    """Return the region of a key."""
     if key not in _REGIONS:
         raise CannotLower(
             f"run the lowered region {key}",

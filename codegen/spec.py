@@ -7,16 +7,27 @@ R, T and E are not part of a spec: one kernel serves every batch and every load.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from moefx.codegen.pointwise import Pointwise
 from moefx.codegen.reasons import CannotLower
+
+if TYPE_CHECKING:
+    from moefx.codegen.schedule import Schedule
+    from moefx.codegen.targets import Target
 
 #: Storage dtypes that kernels read and write, with their size in bytes.
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def _require_dtype(dtype: str) -> None:
+#: The same dtypes in Triton's spelling.
+TRITON_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def require_dtype(dtype: str) -> None:
+    """Refuse a dtype that kernels do not store."""
     if dtype not in ITEM_BYTES:
         raise CannotLower("emit a kernel", found=f"dtype {dtype}", do=f"kernels take {', '.join(sorted(ITEM_BYTES))}")
 
@@ -40,9 +51,11 @@ class LinearSpec:
     weights: int = 1
     #: "ieee" or "tf32": how float32 products are formed on tensor cores; 16-bit inputs do not look at it.
     precision: str = "ieee"
+    #: Whether what goes into the epilogue is stored too, for the backward pass: [R, N] per accumulator, side by side.
+    keep: bool = False
 
     def __post_init__(self) -> None:
-        _require_dtype(self.dtype)
+        require_dtype(self.dtype)
         if min(self.in_features, self.out_features, self.top_k) < 1:
             raise CannotLower(
                 "emit a grouped projection", found=f"an empty one: {self.in_features}x{self.out_features}"
@@ -71,6 +84,7 @@ class LinearSpec:
             f"weights={self.weights} of {self.weight_rows} rows",
             self.epilogue.text(),
         ]
+        parts += ["keep"] if self.keep else []
         return "\n".join(parts)
 
     @property
@@ -78,34 +92,67 @@ class LinearSpec:
         """A readable name, unique by the hash of :attr:`text`."""
         words = ["gather"] if self.gather else []
         words.append("gated" if self.halves == 2 else "grouped")
+        words += ["keeping"] if self.keep else []
         words += ["linear", f"{self.in_features}x{self.out_features}", self.dtype, digest(self.text)[:10]]
         return "_".join(words)
 
 
 @dataclass(frozen=True)
 class CombineSpec:
-    """``out[t] = sum over slots of weights[t, slot] * rows[position(t, slot)]``, accumulated in float32."""
+    """``out[t] = sum over slots of weights[t, slot] * rows[position(t, slot)]``, accumulated in float32.
+
+    Without weights it is the plain sum: the gradient of tokens that were gathered once per slot.
+    """
 
     features: int
     top_k: int
     dtype: str
+    weighted: bool = True
 
     def __post_init__(self) -> None:
-        _require_dtype(self.dtype)
+        require_dtype(self.dtype)
 
     @property
     def text(self) -> str:
         """The complete description; equal text means the same kernel."""
-        return f"combine D={self.features} top_k={self.top_k} dtype={self.dtype}"
+        verb = "combine" if self.weighted else "sum"
+        return f"{verb} D={self.features} top_k={self.top_k} dtype={self.dtype}"
 
     @property
     def name(self) -> str:
         """A readable name, unique by the hash of :attr:`text`."""
-        return f"combine_{self.features}_top{self.top_k}_{self.dtype}_{digest(self.text)[:10]}"
+        verb = "combine" if self.weighted else "sum"
+        return f"{verb}_{self.features}_top{self.top_k}_{self.dtype}_{digest(self.text)[:10]}"
+
+
+class Kernel(ABC):
+    """A kernel in a file of its own (`moefx.codegen.kernels`): what it computes, its schedule and its text."""
+
+    @property
+    @abstractmethod
+    def text(self) -> str:
+        """The complete description; equal text means the same kernel."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """A readable name, unique by the hash of :attr:`text`."""
+
+    @abstractmethod
+    def schedule(self, target: Target, load: int, block_m: int) -> Schedule:
+        """Return the tiles for a target and a load; ``block_m`` is that of the tile map, where one is read."""
+
+    @abstractmethod
+    def emit(self, schedule: Schedule) -> str:
+        """Return the source of the kernel's module."""
+
+    @abstractmethod
+    def arguments(self, rows: int, experts: int, tiles: int) -> list[Any]:
+        """Return what ``launch`` takes for such sizes: ``[Triton type, shape]`` of a tensor, or a number."""
 
 
 #: What :func:`moefx.codegen.emit.emit` prints.
-KernelSpec = LinearSpec | CombineSpec
+KernelSpec = LinearSpec | CombineSpec | Kernel
 
 
 @dataclass(frozen=True)
@@ -119,6 +166,12 @@ class RegionSpec:
     def kernels(self) -> tuple[KernelSpec, ...]:
         """The kernels of the region in the order in which they run."""
         return (*self.linears, self.combine) if self.combine else self.linears
+
+    @property
+    def saves(self) -> tuple[bool, ...]:
+        """Which projections' results, before their epilogue, the backward pass reads."""
+        ends = [(self.combine is not None and len(self.linears) == 1) or not self.linears[-1].epilogue.is_identity]
+        return (*[True] * (len(self.linears) - 1), *ends)
 
     @property
     def reads_order(self) -> bool:

@@ -15,8 +15,8 @@ import torch
 from torch import fx
 from torch._logging._internal import trace_structured
 
+from moefx.codegen import backward, runtime
 from moefx.codegen.lower import Lowering, Refusal, describe, lowerings, replace
-from moefx.codegen.runtime import clear as _clear_kernels
 from moefx.codegen.runtime import interpreting, triton_installed
 from moefx.errors import OptionError, nearest
 
@@ -76,7 +76,8 @@ def compile(
 
 def reset() -> None:
     """Forget the kernels loaded in this process; ``torch.compiler.reset()`` calls this. Files stay on disk."""
-    _clear_kernels()
+    backward.clear()
+    runtime.clear()
 
 
 compile.reset = reset  # type: ignore[attr-defined]
@@ -89,11 +90,11 @@ def _lower(gm: fx.GraphModule, example_inputs: Sequence[Any], insist: bool) -> N
         return
     usable = [item for item in found if _usable(item, insist)]
     kept = "where no kernel exists or none runs on the device" if len(usable) < len(found) else ""
-    if usable and _needs_gradients(example_inputs):
-        usable, kept = [], "because gradients are needed"
+    training = _needs_gradients(example_inputs)
     text = describe(found)
-    replaced = replace(gm, usable)
-    logger.info("moefx replaced %d of %d routed regions by kernels", replaced, len(found))
+    replaced = replace(gm, usable, training)
+    with_gradients = ", forward and backward" if training else ""
+    logger.info("moefx replaced %d of %d routed regions by kernels%s", replaced, len(found), with_gradients)
     if kept:
         logger.info("moefx keeps the dialect ops %s", kept)
     logger.info("routed regions found:\n%s", text)

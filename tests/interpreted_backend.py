@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from moefx.codegen import runtime
+from moefx.codegen import backward, runtime
 from moefx.routing import Experts, LinearRouter, activation, random_weights
 from moefx.routing import RoutedFFN as BuildingBlock
 from tests.inductor import linkable
@@ -22,7 +24,7 @@ def test_compiled_model_runs_the_emitted_kernels(caplog: pytest.LogCaptureFixtur
     launched: list[torch.Size] = []
     original = runtime.LoadedRegion.__call__
 
-    def counted(self: runtime.LoadedRegion, tensors: list[torch.Tensor]) -> torch.Tensor:
+    def counted(self: runtime.LoadedRegion, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         launched.append(tensors[0].shape)
         return original(self, tensors)
 
@@ -48,14 +50,42 @@ def test_gated_routing_module_runs_the_emitted_kernels(caplog: pytest.LogCapture
     assert "gather_gated_linear_24x40" in caplog.text
 
 
-@linkable
-def test_training_keeps_the_dialect_ops(caplog: pytest.LogCaptureFixture) -> None:
+def gradients(run: Callable[[torch.Tensor], torch.Tensor], model: torch.nn.Module, x: torch.Tensor) -> list[Any]:
+    leaves = [x, *model.parameters()]
+    return [run(x).detach(), *torch.autograd.grad(run(x).square().mean(), leaves)]
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", pytest.param("inductor", marks=linkable)])
+def test_training_runs_the_emitted_kernels(inner: str, caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     model = RoutedFFN()
     caplog.set_level(logging.INFO, logger="moefx.backend")
+    options = {"kernels": "triton", "inner": inner}
+    compiled = torch.compile(model, backend="moefx", fullgraph=True, dynamic=True, options=options)
+    ran: list[int] = []
+    original = backward.LoadedBackward.__call__
+
+    def counted(self: backward.LoadedBackward, *given: Any) -> list[torch.Tensor]:
+        ran.append(len(given[1]))
+        return original(self, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backward.LoadedBackward, "__call__", counted)
+        for batch in (2, 3):
+            x = torch.randn(batch, 9, 24, requires_grad=True)
+            torch.testing.assert_close(gradients(compiled, model, x), gradients(model, model, x), atol=1e-5, rtol=1e-4)
+    assert ran == [8, 8]
+    assert "replaced 1 of 1 routed regions by kernels, forward and backward" in caplog.text
+
+
+def test_training_a_gated_module_with_frozen_experts() -> None:
+    torch.manual_seed(0)
+    weights = random_weights(24, 40, num_experts=4, gated=True)
+    model = BuildingBlock(LinearRouter(24, 4), Experts(weights, activation("silu", gated=True)), top_k=2)
+    for parameter in model.experts.parameters():
+        parameter.requires_grad_(False)
     compiled = torch.compile(model, backend="moefx", options={"kernels": "triton", "inner": "aot_eager"})
-    x = torch.randn(2, 9, 24)
-    grads = torch.autograd.grad(compiled(x).square().mean(), list(model.parameters()))
-    expected = torch.autograd.grad(model(x).square().mean(), list(model.parameters()))
-    torch.testing.assert_close(grads, expected)
-    assert "gradients are needed" in caplog.text
+    x = torch.randn(2, 9, 24, requires_grad=True)
+    leaves = [x, *model.router.parameters()]
+    got, want = (torch.autograd.grad(run(x).square().mean(), leaves) for run in (compiled, model))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)

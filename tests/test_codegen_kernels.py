@@ -27,10 +27,15 @@ def why_no_interpreter() -> str | None:
     return None
 
 
-@pytest.mark.skipif(why_no_interpreter() is not None, reason=str(why_no_interpreter()))
-@pytest.mark.parametrize("script", ["interpreted_kernels.py", "interpreted_backend.py"])
-def test_in_the_interpreter(script: str, tmp_path: Path) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "MOEFX_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+def interpret(script: str, cache: Path) -> None:
+    """Run a file of tests in a process whose Triton interprets."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "MOEFX_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(why_no_interpreter() is not None, reason=str(why_no_interpreter()))
+@pytest.mark.parametrize("script", ["interpreted_kernels.py", "interpreted_backend.py"])
+def test_in_the_interpreter(script: str, tmp_path: Path) -> None:
+    interpret(script, tmp_path)

@@ -1,0 +1,335 @@
+"""Train lowered regions: the forward pass that keeps what its gradient needs, and the kernels of that gradient.
+
+``moefx::region_train`` returns a region's result and, for each expression, what went into it; the expression itself is
+recomputed.  Its gradient is ``moefx::region_backward``.  Neither waits for the device, and nothing is added in an order
+that scheduling decides, so repeated runs give the same bits.
+
+Shapes: T tokens, k slots, R = T * k routed rows, E experts, K input and N output columns of a projection.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefx.codegen import runtime, store
+from moefx.codegen.kernels import GateGradSpec, InputGradSpec, PointGradSpec, WeightGradSpec
+from moefx.codegen.runtime import Combine, LoadedRegion, Operands, fake_result, region_of, routed_rows, tile_map
+from moefx.codegen.schedule import Schedule, load_class
+from moefx.codegen.spec import CombineSpec, Kernel, LinearSpec, RegionSpec
+from moefx.codegen.targets import Target, target_of
+from moefx.errors import MoefxError
+
+
+def training_region(region: RegionSpec) -> RegionSpec:
+    """Return the region whose projections keep what goes into their expressions."""
+    linears = tuple(dataclasses.replace(one, keep=not one.epilogue.is_identity) for one in region.linears)
+    return dataclasses.replace(region, linears=linears)
+
+
+def last_grad(region: RegionSpec) -> PointGradSpec | None:
+    """Return the kernel that starts the backward pass, if the last projection's result is saved."""
+    spec = region.linears[-1]
+    if not region.saves[-1]:
+        return None
+    slots = region.combine.top_k if region.combine else 1
+    return PointGradSpec(spec.out_features, spec.dtype, region.combine is not None, slots, spec.epilogue)
+
+
+def input_grad(region: RegionSpec, i: int) -> InputGradSpec:
+    """Return the kernel of the gradient of what projection ``i`` reads, through the expression before it."""
+    spec = region.linears[i]
+    common = {
+        "columns": spec.in_features,
+        "reduced": spec.weight_rows,
+        "dtype": spec.dtype,
+        "weights": spec.weights,
+        "precision": spec.precision,
+    }
+    if i > 0:
+        common["before"] = region.linears[i - 1].epilogue
+    if _is_combined(region, i) and region.combine is not None:
+        common |= {"combined": True, "bias": spec.bias, "top_k": region.combine.top_k}
+    return InputGradSpec(**common)  # type: ignore[arg-type]
+
+
+def weight_grad(region: RegionSpec, i: int) -> WeightGradSpec:
+    """Return the kernel of the gradient of the weights of projection ``i``."""
+    spec, combined = region.linears[i], _is_combined(region, i)
+    slots = region.combine.top_k if combined and region.combine else spec.top_k if spec.gather else 1
+    return WeightGradSpec(
+        spec.weight_rows, spec.in_features, spec.dtype, spec.gather, combined, spec.bias, slots, spec.precision
+    )
+
+
+def slot_sum(spec: LinearSpec) -> CombineSpec | None:
+    """Return the kernel that adds the gradients of a token's gathered rows."""
+    return CombineSpec(spec.in_features, spec.top_k, spec.dtype, weighted=False) if spec.gather else None
+
+
+def _is_combined(region: RegionSpec, i: int) -> bool:
+    """Whether the gradient of projection ``i`` arrives by token, from the combine."""
+    return region.combine is not None and i == len(region.linears) - 1 and not region.saves[-1]
+
+
+def kernels(region: RegionSpec) -> list[Kernel | CombineSpec]:
+    """Return the kernels of a region's backward pass, in the order in which they run."""
+    start = last_grad(region)
+    found: list[Kernel | CombineSpec] = [start] if start else []
+    for i in reversed(range(len(region.linears))):
+        found += [input_grad(region, i), weight_grad(region, i)]
+    found += [GateGradSpec()] if region.combine else []
+    summed = slot_sum(region.linears[0])
+    return [*found, summed] if summed else found
+
+
+def sources(region: RegionSpec, target: Target, rows: int, experts: int) -> dict[str, str]:
+    """Return the modules of a region's backward pass on a target, by kernel name, in execution order."""
+    from moefx.codegen.emit import emit
+
+    load = load_class(rows, experts)
+    block_m = runtime.row_block(target, load)
+    return {
+        spec.name: emit(spec, None if isinstance(spec, CombineSpec) else spec.schedule(target, load, block_m))
+        for spec in kernels(region)
+    }
+
+
+class Launcher:
+    """One emitted kernel; calling it launches it."""
+
+    def __init__(self, spec: Kernel, schedule: Schedule) -> None:
+        self.spec, self.schedule = spec, schedule
+        self.launch: Callable[..., None] = store.load(spec.emit(schedule), spec.name).launch
+
+
+class LoadedBackward:
+    """The backward kernels of a region for one target and load class."""
+
+    def __init__(self, region: RegionSpec, target: Target, load: int, block_m: int) -> None:
+        self.region, self.block_m = region, block_m
+
+        def loaded(spec: Kernel) -> Launcher:
+            return Launcher(spec, spec.schedule(target, load, block_m))
+
+        start = last_grad(region)
+        self.start = loaded(start) if start else None
+        numbers = range(len(region.linears))
+        self.input_grads = [loaded(input_grad(region, i)) for i in numbers]
+        self.weight_grads = [loaded(weight_grad(region, i)) for i in numbers]
+        self.gate_grad = loaded(GateGradSpec()) if region.combine else None
+        summed = slot_sum(region.linears[0])
+        self.slot_sum = Combine(summed) if summed else None
+        self.upcast = region.linears[0].dtype == "bfloat16" and runtime.interpreting()
+
+    def __call__(
+        self, grad: Tensor, tensors: Sequence[Tensor], saved: Sequence[Tensor], wants: Sequence[bool]
+    ) -> list[Tensor]:
+        """Return the gradients of the wanted inputs."""
+        return _Pass(self, grad, tensors, saved, wants).run()
+
+
+class _Pass:
+    """One backward pass: the gradient moves from the last projection to the first."""
+
+    def __init__(
+        self,
+        loaded: LoadedBackward,
+        grad: Tensor,
+        tensors: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        wants: Sequence[bool],
+    ) -> None:
+        region = loaded.region
+        self.k, self.region, self.wants = loaded, region, wants
+        self.given = Operands.of(region, [_rows(t) for t in tensors])
+        self.at = Operands.of(region, range(len(tensors)))
+        self.rows = routed_rows(region, tensors)
+        self.tiles = tile_map(self.given.offsets, self.rows, loaded.block_m)
+        self.grad = _rows(grad)
+        self.saved = list(saved)
+        self.gates = None if self.given.gates is None else self.given.gates.to(torch.float32).contiguous()
+        self.partial: Tensor | None = None
+        self.found: dict[int, Tensor] = {}
+
+    def run(self) -> list[Tensor]:
+        """Return the gradients of the wanted inputs, in their order."""
+        last = len(self.region.linears) - 1
+        if self.k.start is not None:
+            self.through_last(self.k.start)
+        for i in range(last, 0, -1):
+            grad, value = self.through(i)
+            self.weights(i, value)
+            self.grad = grad
+        self.weights(0, self.given.x)
+        if self.wants[self.at.x]:
+            rows, _ = self.through(0)
+            self.found[self.at.x] = rows if self.k.slot_sum is None else self.k.slot_sum(rows, self._order(), None)
+        if self.at.gates is not None and self.wants[self.at.gates]:
+            self.found[self.at.gates] = self.gate_grad()
+        return [self.found[i] for i, wanted in enumerate(self.wants) if wanted]
+
+    def _order(self) -> Tensor:
+        assert self.given.order is not None
+        return self.given.order
+
+    def through_last(self, kernel: Launcher) -> None:
+        """Take the gradient through the expression behind the last projection."""
+        kept = self.saved.pop()
+        out = torch.empty_like(kept)
+        combined: list[Any] = []
+        if self.gates is not None:
+            self.partial = kept.new_empty((1, self.rows), dtype=torch.float32)
+            combined = [self._order(), self.gates]
+        if self.rows:
+            partial = [] if self.partial is None else [self.partial]
+            kernel.launch(self.grad, *combined, kept, self.given.offsets, out, *partial)
+        self.grad = out
+
+    def through(self, i: int) -> tuple[Tensor, Tensor]:
+        """Take the gradient through projection ``i``; return it and what the projection read."""
+        kernel = self.k.input_grads[i]
+        spec = kernel.spec
+        assert isinstance(spec, InputGradSpec)
+        arguments: list[Any] = [self.grad, *(w.contiguous() for w in self.given.weights[i])]
+        arguments += [b.contiguous() for b in self.given.biases[i]] if spec.bias else []
+        arguments += [self._order(), self.gates] if spec.combined else []
+        kept = self.saved.pop() if i > 0 else self.given.x
+        arguments += [kept] if spec.recomputes else []
+        out = self.grad.new_empty((self.rows, spec.columns * spec.before.inputs))
+        arguments += [self.tiles, out]
+        value = kept
+        if spec.recomputes:
+            value = self.grad.new_empty((self.rows, spec.columns))
+            arguments.append(value)
+        if spec.combined:
+            parts = spec.column_tiles(kernel.schedule)
+            self.partial = self.grad.new_empty((parts, self.rows), dtype=torch.float32)
+            arguments.append(self.partial)
+        if self.tiles.numel():
+            kernel.launch(*arguments, self.k.upcast)
+        return out, value
+
+    def weights(self, i: int, x: Tensor) -> None:
+        """Store the gradients of the weights and biases of projection ``i``, which read ``x``."""
+        kernel = self.k.weight_grads[i]
+        spec = kernel.spec
+        assert isinstance(spec, WeightGradSpec)
+        for j, weight in enumerate(self.at.weights[i]):
+            bias = self.at.biases[i][j] if spec.bias else None
+            if not (self.wants[weight] or (bias is not None and self.wants[bias])):
+                continue
+            experts = self.given.offsets.shape[0] - 1
+            out = self.grad.new_empty((experts, spec.rows, spec.columns))
+            outputs = [out] if bias is None else [out, self.grad.new_empty((experts, spec.rows))]
+            arguments: list[Any] = [self.grad[:, j * spec.rows : (j + 1) * spec.rows], x]
+            arguments += [self._order()] if spec.reads_order else []
+            arguments += [self.gates] if spec.weighs_bias else []
+            kernel.launch(*arguments, self.given.offsets, *outputs, self.k.upcast)
+            self.found[weight] = out
+            if bias is not None:
+                self.found[bias] = outputs[1]
+
+    def gate_grad(self) -> Tensor:
+        """Return the gradient of the combine's weights."""
+        gates, partial = self.given.gates, self.partial
+        assert gates is not None
+        assert partial is not None
+        assert self.k.gate_grad is not None
+        out = partial.new_empty((self.rows,))
+        if self.rows:
+            self.k.gate_grad.launch(partial, self._order(), out)
+        return out.view(gates.shape).to(gates.dtype)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Return a tensor whose last axis is contiguous."""
+    return tensor if tensor.dim() < 2 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+@functools.lru_cache(maxsize=1024)
+def _loaded_training(key: str, target: Target, load: int, experts: int) -> LoadedRegion:
+    return LoadedRegion(training_region(region_of(key)), target, load * experts, experts)
+
+
+@functools.lru_cache(maxsize=1024)
+def _loaded_backward(key: str, target: Target, load: int) -> LoadedBackward:
+    return LoadedBackward(region_of(key), target, load, runtime.row_block(target, load))
+
+
+def clear() -> None:
+    """Forget the kernels of this process; files stay."""
+    _loaded_training.cache_clear()
+    _loaded_backward.cache_clear()
+
+
+@torch.library.custom_op("moefx::region_train", mutates_args=())
+def region_train_op(tensors: Sequence[Tensor], key: str) -> list[Tensor]:
+    """Run the region ``key`` as ``moefx::region`` does; return its result and what its gradient needs."""
+    x, experts = tensors[0], tensors[1].shape[0] - 1
+    load = load_class(routed_rows(region_of(key), tensors), experts)
+    out, saved = _loaded_training(key, target_of(x.device), load, experts)(tensors)
+    return [out, *saved]
+
+
+@region_train_op.register_fake
+def _(tensors: Sequence[Tensor], key: str) -> list[Tensor]:
+    region, x = region_of(key), tensors[0]
+    rows = routed_rows(region, tensors)
+    kept = [
+        x.new_empty((rows, s.out_features * s.halves))
+        for s, saves in zip(region.linears, region.saves, strict=True)
+        if saves
+    ]
+    return [fake_result(region, tensors), *kept]
+
+
+@torch.library.custom_op("moefx::region_backward", mutates_args=())
+def region_backward_op(
+    grad: Tensor, tensors: Sequence[Tensor], saved: Sequence[Tensor], key: str, wants: Sequence[bool]
+) -> list[Tensor]:
+    """Return the gradients of the wanted ones of ``tensors``."""
+    x, experts = tensors[0], tensors[1].shape[0] - 1
+    load = load_class(routed_rows(region_of(key), tensors), experts)
+    return _loaded_backward(key, target_of(x.device), load)(grad, tensors, saved, wants)
+
+
+@region_backward_op.register_fake
+def _(
+    grad: Tensor, tensors: Sequence[Tensor], saved: Sequence[Tensor], key: str, wants: Sequence[bool]
+) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t, wanted in zip(tensors, wants, strict=True) if wanted]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Sequence[Tensor], str], output: Sequence[Tensor]) -> None:
+    tensors, ctx.key = inputs
+    ctx.count = len(tensors)
+    ctx.wants = list(ctx.needs_input_grad[: ctx.count])  # flat: one entry per tensor of the list
+    # What was saved has no gradient of its own; zeros in its place would be as large.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+def _gradient(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[list[Tensor | None], None]:
+    tensors, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+    if grads[0] is None:
+        return [None] * ctx.count, None
+    found = iter(region_backward_op(grads[0], list(tensors), list(saved), ctx.key, ctx.wants))
+    return [next(found) if wanted else None for wanted in ctx.wants], None
+
+
+def _second_derivative(ctx: Any, *grads: Any) -> None:
+    raise MoefxError(
+        "the second derivative of a lowered region was asked for",
+        found="a backward pass through its gradient (create_graph=True)",
+        do='differentiate once, or compile with options={"kernels": "off"}',
+    )
+
+
+region_train_op.register_autograd(_gradient, setup_context=_setup_context)
+region_backward_op.register_autograd(_second_derivative)

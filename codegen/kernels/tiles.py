@@ -1,0 +1,30 @@
+"""Tiles of the kernels that are no forward projection: one rule each, checked by compilation, not searched."""
+
+from __future__ import annotations
+
+from moefx.codegen.schedule import Schedule
+from moefx.codegen.spec import ITEM_BYTES
+from moefx.codegen.targets import Target
+
+
+def power_of_two(value: int, least: int = 16) -> int:
+    """Return the next power of two, at least ``least``."""
+    return max(least, 1 << max(0, value - 1).bit_length())
+
+
+def gemm_tiles(target: Target, dtype: str, reduced: int, columns: int, block_m: int, widest: int) -> Schedule:
+    """Return the tiles of a product ``[block_m, reduced] @ [reduced, columns]``.
+
+    ``widest`` bounds the columns of a tile.
+    """
+    item = ITEM_BYTES[dtype]
+    if target.is_interpreter:
+        return Schedule(block_m, min(64, power_of_two(columns)), min(64, power_of_two(reduced)), 1, 1, 4)
+    # float32 has no wide tensor-core form: its operands pass through registers.
+    block_n = min(widest if item == 2 else min(64, widest), power_of_two(columns))
+    block_k = min(128 // item, power_of_two(reduced))
+    warps = 8 if block_m * block_n >= (128 * 64 if item == 4 else 128 * 128) else 4
+    stage = (block_m + block_n) * block_k * item
+    # The epilogue stages its tile in shared memory too.
+    free = target.shared_limit_bytes - block_m * block_n * 4
+    return Schedule(block_m, block_n, block_k, warps, max(1, min(target.max_stages, free // stage)), 8)
