@@ -60,17 +60,22 @@ def _raise_for_others(asked: str, lines: list[bytes]) -> None:
             raise PlanError(asked, found=f"rank {rank} refused: {text}", do="see what rank " + str(rank) + " was given")
 
 
+def text_digest(text: str) -> bytes:
+    """Return the SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).digest()
+
+
 def structure_digest(model: nn.Module) -> bytes:
     """Return a digest of the names, shapes and dtypes of everything in the model's state."""
     state = model.state_dict()
     text = "\n".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in state.items() if isinstance(t, Tensor))
-    return hashlib.sha256(text.encode()).digest()
+    return text_digest(text)
 
 
 def weights_digest(model: nn.Module) -> bytes:
     """Return a digest of all values: sums of their bits, which do not depend on the order of summation."""
     sums = [_bit_sum(t) for t in model.state_dict().values() if isinstance(t, Tensor) and not t.is_meta]
-    return hashlib.sha256(repr(sums).encode()).digest()
+    return text_digest(repr(sums))
 
 
 def _bit_sum(tensor: Tensor) -> int:

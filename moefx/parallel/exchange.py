@@ -8,16 +8,39 @@ Legend: R rows, D width, T tokens, K slots per token, E experts, G ranks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import _functional_collectives as fc
 
 from moefx import ops
+from moefx.errors import MoefxError
 
 Splits = list[int]
+_counters: list[np.ndarray] = []
+
+
+class LostRankError(MoefxError):
+    """An exchange failed because another process ended or stopped answering."""
+
+    exit_code = 6
+
+
+@contextmanager
+def count_wire_bytes(ranks: int) -> Iterator[np.ndarray]:
+    """Yield an array ``[G]`` that counts the bytes which this rank sends to each rank, itself included, meanwhile."""
+    sent_G = np.zeros(ranks, dtype=np.int64)
+    _counters.append(sent_G)
+    try:
+        yield sent_G
+    finally:
+        _counters[:] = [counter for counter in _counters if counter is not sent_G]
 
 
 def exchange(rows_RD: Tensor, sent: Splits, received: Splits, group: Any) -> Tensor:
@@ -62,7 +85,23 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 
 
 def _all_to_all(rows: Tensor, sent: Splits, received: Splits, group: Any) -> Tensor:
-    out = fc.all_to_all_single(rows.contiguous(), received, sent, group)
+    if _counters and not torch.compiler.is_compiling():
+        row_bytes = rows.element_size() * (rows.shape[1:].numel() if rows.ndim > 1 else 1)
+        for counter in _counters:
+            counter += np.array(sent, dtype=np.int64) * row_bytes
+    if torch.compiler.is_compiling():
+        return _wait(fc.all_to_all_single(rows.contiguous(), received, sent, group))
+    try:
+        return _wait(fc.all_to_all_single(rows.contiguous(), received, sent, group))
+    except (RuntimeError, dist.DistBackendError) as error:
+        raise LostRankError(
+            f"exchange rows among {len(sent)} processes",
+            found=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            do="another process ended or is stuck: see its output, and resume from the last complete checkpoint",
+        ) from error
+
+
+def _wait(out: Tensor) -> Tensor:
     return out.wait() if isinstance(out, fc.AsyncCollectiveTensor) else out
 
 

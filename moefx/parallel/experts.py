@@ -1,14 +1,14 @@
 """Experts of which each process holds some; tokens travel to them and back.
 
-Legend: T tokens of this rank, K experts per token, R = T·K rows, E experts, G ranks, D width, A rows that arrive here.
-A *slot* is the position of an expert when experts are sorted by rank, then by number.
+Legend: T tokens of this rank, K experts per token, R = T·K rows, E experts, G ranks, D width, A rows that arrive here,
+C copies of an expert. A *slot* is one holding of one expert by one rank; see :class:`Roster`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_true
 
 from moefx import ops
-from moefx.parallel.exchange import Splits, exchange, exchange_counts, scale_gradient, sorted_rows
+from moefx.parallel.exchange import exchange, exchange_counts, scale_gradient, sorted_rows
+from moefx.parallel.roster import Roster
 from moefx.routing.experts import Experts
 from moefx.routing.weights import FFNWeights
 
@@ -28,12 +29,15 @@ class ParallelExperts(Experts):
     have if it held all ranks' tokens), exchanged back, and summed in slot order at home: a rerun gives the same bits.
     Each call makes three collectives, its backward pass two, on every rank, however few tokens it has.
 
+    Copies of an expert are sent its weights in every call that computes gradients, and send the gradients of these
+    back; so they train as one. Without gradients they keep them until the next training step, load or change of mode.
+
     The gradient of a stacked weight is divided by G: what the ranks' losses would give if they were *averaged*, as
     DistributedDataParallel does for the replicated parameters.
 
     Args:
         experts: all E experts; their tensors are left as they are.
-        homes: expert numbers of each rank, ascending.
+        roster: who holds what.
         rank: this one.
         group: name of the process group of the G ranks.
 
@@ -41,21 +45,32 @@ class ParallelExperts(Experts):
         num_experts: E; ``w_in`` and the other stacked parameters hold those of ``local_experts`` only, in that order.
     """
 
-    slot_of_expert: Tensor
+    slot_of_copy: Tensor
+    end_of_copy: Tensor
     slot_bounds: Tensor
+    # Experts that choose their tokens would see those of this rank alone: their choice goes by tokens.
+    by_expert = None  # type: ignore[assignment]
 
-    def __init__(self, experts: Experts, homes: Sequence[Sequence[int]], rank: int, group: str) -> None:
-        super().__init__(_take(experts.weights(), homes[rank]), experts.act)
-        self.local_experts = tuple(int(e) for e in homes[rank])
+    def __init__(self, experts: Experts, roster: Roster, rank: int, group: str) -> None:
+        super().__init__(_take(experts.weights(), roster.homes[rank]), experts.act)
         self.b_out = experts.b_out
         for name, parameter in experts.named_parameters(recurse=False):
             self.get_parameter(name).requires_grad_(parameter.requires_grad)
         self.num_experts = experts.num_experts
-        self.experts_per_rank: Splits = [len(home) for home in homes]
-        self.rank, self.group = rank, group
-        self.homes = tuple(tuple(int(e) for e in home) for home in homes)
+        self.rank, self.group, self.roster = rank, group, roster
+        self._copied: FFNWeights | None = None
         self._register_tables(experts.w_in.device)
         self.train(experts.training)
+
+    @property
+    def local_experts(self) -> tuple[int, ...]:
+        """Experts whose primary is here, ascending."""
+        return self.roster.homes[self.rank]
+
+    @property
+    def homes(self) -> tuple[tuple[int, ...], ...]:
+        """Experts of each rank whose primary is there, ascending."""
+        return self.roster.homes
 
     @property
     def stacked_names(self) -> list[str]:
@@ -64,10 +79,11 @@ class ParallelExperts(Experts):
 
     def forward(self, x_TD: Tensor, experts_TK: Tensor, gates_TK: Tensor) -> Tensor:
         """Return the weighted sum of the chosen experts, wherever they are; see :meth:`Experts.forward`."""
-        if self.slot_of_expert.device != x_TD.device:
+        if self.slot_bounds.device != x_TD.device:
             self._register_tables(x_TD.device)
-        order_R, offsets = ops.group(self._slots(experts_TK), self.num_experts)
-        arrivals = exchange_counts(offsets.diff(), self.experts_per_rank, self.rank, self.group)
+        per_rank = self.roster.slots_per_rank
+        order_R, offsets = ops.group(self._slots(experts_TK), sum(per_rank))
+        arrivals = exchange_counts(offsets.diff(), per_rank, self.rank, self.group)
         sent_G, received_G = offsets[self.slot_bounds].diff(), arrivals.sum(dim=1)
         splits = torch.cat([sent_G, received_G]).tolist()  # the one wait for the device: splits are host numbers
         sent, received = splits[: len(sent_G)], splits[len(sent_G) :]
@@ -83,19 +99,31 @@ class ParallelExperts(Experts):
         return y_TD if self.b_out is None else y_TD + self.b_out.to(y_TD.dtype)
 
     def _slots(self, experts_TK: Tensor) -> Tensor:
-        """Return the slot of each chosen expert; E for an index outside [0, E), which is sent nowhere."""
+        """Return the slot of each chosen expert; one past the last for an index outside [0, E), which goes nowhere.
+
+        With copies, the rows of an expert are dealt out in token order, to each copy its share.
+        """
         known = (experts_TK >= 0) & (experts_TK < self.num_experts)
-        return self.slot_of_expert[torch.where(known, experts_TK, self.num_experts)]
+        experts_TK = torch.where(known, experts_TK, self.num_experts)
+        if not self.roster.has_copies:
+            return self.slot_of_copy[experts_TK, 0]
+        order_R, offsets = ops.group(experts_TK, self.num_experts + 1)
+        expert_R = experts_TK.reshape(-1)[order_R]
+        place_R = torch.arange(len(order_R), device=order_R.device) - offsets[expert_R]
+        along_R = (place_R + 0.5) / offsets.diff()[expert_R]
+        copy_R = (along_R.unsqueeze(1) > self.end_of_copy[expert_R]).sum(dim=1)
+        slots_R = torch.empty_like(expert_R).scatter_(0, order_R, self.slot_of_copy[expert_R, copy_R])
+        return slots_R.view_as(experts_TK)
 
     def _compute(self, rows_AD: Tensor, arrivals: Tensor, total: int) -> Tensor:
-        """Run the experts of this rank on the rows that arrived: by sender, then by expert."""
-        weights = replace(self.weights(), b_out=None).map(lambda w: scale_gradient(w, 1 / len(self.experts_per_rank)))
-        if not self.local_experts:
-            return _nothing(rows_AD, weights)
+        """Run the experts of this rank on the rows that arrived: by sender, then by slot."""
         ranks, local = arrivals.shape
-        expert_of_row = torch.arange(local, device=rows_AD.device).repeat(ranks)
-        expert_of_row = expert_of_row.repeat_interleave(arrivals.reshape(-1), output_size=total)
-        order, offsets = ops.group(expert_of_row.unsqueeze(1), local)
+        weights = self._held().map(lambda w: scale_gradient(w, 1 / ranks))
+        if not local:
+            return _nothing(rows_AD, weights)
+        slot_of_row = torch.arange(local, device=rows_AD.device).repeat(ranks)
+        slot_of_row = slot_of_row.repeat_interleave(arrivals.reshape(-1), output_size=total)
+        order, offsets = ops.group(slot_of_row.unsqueeze(1), local)
         h = ops.grouped_linear(rows_AD, weights.w_in, weights.b_in, order, offsets, 1)
         if weights.w_gate is None:
             h = self.act(h)
@@ -105,17 +133,53 @@ class ParallelExperts(Experts):
         wide = torch.promote_types(done.dtype, torch.float32)
         return ops.combine(done, order, done.new_ones((total, 1), dtype=wide))  # back to the order of arrival
 
+    def _held(self) -> FFNWeights:
+        """Return the weights of the slots of this rank: its own experts, then copies of others'."""
+        own = replace(self.weights(), b_out=None)
+        if not self.roster.has_copies:
+            return own
+        if torch.is_grad_enabled():
+            self._copied = None
+            copied = own.map(self._send_copies)
+        elif self._copied is None:
+            copied = self._copied = own.map(self._send_copies)
+        else:
+            copied = self._copied
+        return FFNWeights(**{name: torch.cat([w, getattr(copied, name)]) for name, w in _tensors(own).items()})
+
+    def _send_copies(self, own: Tensor) -> Tensor:
+        """Send each rank the rows of its copies whose primary is here, and return those of our copies, ascending."""
+        mine = {expert: i for i, expert in enumerate(self.local_experts)}
+        wanted = [[mine[e] for e in copies if e in mine] for copies in self.roster.copies]
+        ours = self.roster.copies[self.rank]
+        arriving = [[e for e in ours if e in set(home)] for home in self.homes]
+        rows = own.flatten(1)[torch.tensor([i for rank in wanted for i in rank], dtype=torch.int64, device=own.device)]
+        arrived = exchange(rows, [len(r) for r in wanted], [len(r) for r in arriving], self.group)
+        place = {expert: i for i, expert in enumerate(e for rank in arriving for e in rank)}
+        order = torch.tensor([place[e] for e in ours], dtype=torch.int64, device=own.device)
+        return arrived[order].reshape(len(order), *own.shape[1:])
+
+    def rehome(self, roster: Roster) -> None:
+        """Follow another roster from the next call on; the stacked parameters must hold its experts by then."""
+        self.roster, self._copied = roster, None
+        self._register_tables(self.slot_bounds.device)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; copies are sent their weights again."""
+        self._copied = None
+        return super().train(mode)
+
     def _register_tables(self, device: torch.device) -> None:
         """Build the index tables; again after loading on ``meta``, where they have no values."""
-        slot_of_expert = torch.empty(self.num_experts + 1, dtype=torch.int64)
-        slot_of_expert[torch.tensor([e for home in self.homes for e in home])] = torch.arange(self.num_experts)
-        slot_of_expert[-1] = self.num_experts
-        bounds = torch.tensor([0, *self.experts_per_rank], dtype=torch.int64).cumsum(0)
-        self.register_buffer("slot_of_expert", slot_of_expert.to(device), persistent=False)
+        slots, ends = self.roster.tables(self.rank)
+        bounds = torch.tensor([0, *self.roster.slots_per_rank], dtype=torch.int64).cumsum(0)
+        self.register_buffer("slot_of_copy", torch.from_numpy(slots).to(device), persistent=False)
+        self.register_buffer("end_of_copy", torch.from_numpy(ends).to(device), persistent=False)
         self.register_buffer("slot_bounds", bounds.to(device), persistent=False)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Take this rank's experts where a checkpoint holds all of them."""
+        self._copied = None
         for name in self.stacked_names:
             full = state_dict.get(prefix + name)
             if isinstance(full, Tensor) and full.shape[:1] == (self.num_experts,):
@@ -124,7 +188,9 @@ class ParallelExperts(Experts):
 
     def extra_repr(self) -> str:
         """Describe the module in ``print(model)``."""
-        return f"{super().extra_repr()}, experts {list(self.local_experts)} of {self.num_experts}"
+        copies = self.roster.copies[self.rank]
+        also = f" and copies of {list(copies)}" if copies else ""
+        return f"{super().extra_repr()}, experts {list(self.local_experts)}{also} of {self.num_experts}"
 
 
 def _rows(tensor: Tensor, experts: Sequence[int]) -> Tensor:
@@ -133,6 +199,10 @@ def _rows(tensor: Tensor, experts: Sequence[int]) -> Tensor:
 
 def _take(weights: FFNWeights, experts: Sequence[int]) -> FFNWeights:
     return replace(weights, b_out=None).map(lambda tensor: _rows(tensor, experts))
+
+
+def _tensors(weights: FFNWeights) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in vars(weights).items() if tensor is not None}
 
 
 def _nothing(rows_0D: Tensor, weights: FFNWeights) -> Tensor:

@@ -15,10 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 from moefx.errors import InputError, MoefxError, PlanError
 from moefx.parallel.agree import agree, structure_digest, weights_digest
 from moefx.parallel.experts import ParallelExperts
+from moefx.parallel.roster import Roster
 from moefx.passes.placement import ModelDims, Placement, routed_layers
 from moefx.routing.experts import Experts
 
 Model = TypeVar("Model", bound=nn.Module)
+EXPERT_DIM = "expert"
+# Names under which a parallel model keeps its placement and the ranks that hold the same experts; no part of its state.
+PLACEMENT, DATA_GROUP = "_moefx_placement", "_moefx_data_group"
 _NO_DIGEST = bytes(32)
 
 
@@ -27,12 +31,17 @@ def parallelize(model: Model, mesh: DeviceMesh | None, placement: Placement, *, 
 
     Call it on every rank, with the same whole model and the same placement. Each rank then runs its own share of the
     batch; tokens travel to their experts and back. Everything but the experts stays replicated: average its gradients
-    with :func:`average_gradients`, or wrap the model in ``DistributedDataParallel``, which leaves the experts alone.
-    All ranks must make the same calls, backward passes included: each holds a part of every layer.
+    with :func:`average_gradients`, or wrap the model in ``DistributedDataParallel``, which leaves the experts alone, or
+    in FSDP2 with ``ignored_params=set(expert_parameters(model).values())``; then call
+    :func:`average_expert_gradients`. All ranks must make the same calls, backward passes included: each holds a part of
+    every layer.
+
+    A placement with windows starts with its first layout; see :func:`switch`.
 
     Args:
         model: a model with routed FFNs, from :func:`moefx.transform`.
-        mesh: one-dimensional, rank i is device i of the placement; None for all processes of the job.
+        mesh: rank i is device i of the placement; None for all processes of the job. A mesh of two dimensions, one of
+            them named ``"expert"``, divides the experts along that one and repeats them along the other.
         placement: where the experts live.
         verify: compare the weights of all ranks first, which reads each weight once.
 
@@ -43,7 +52,7 @@ def parallelize(model: Model, mesh: DeviceMesh | None, placement: Placement, *, 
             ranks were given different models or placements. One rank's error is raised on all; nothing was changed.
     """
     asked = f"parallelize {type(model).__name__}"
-    group = _group(mesh, asked)
+    group, data = _groups(mesh, asked)
     problem: MoefxError | None = None
     facts = {"the placements": _NO_DIGEST, "the models' parameters": _NO_DIGEST, "the models' weights": _NO_DIGEST}
     try:
@@ -53,14 +62,17 @@ def parallelize(model: Model, mesh: DeviceMesh | None, placement: Placement, *, 
     else:
         weights = weights_digest(model) if verify else _NO_DIGEST
         facts = dict(zip(facts, (placement.digest, structure_digest(model), weights), strict=True))
-    agree(asked, facts, problem, mesh.device_type if mesh is not None else _device_type(group), group)
+    for ranks in (group, data):  # first within each set of experts, then across the sets
+        if ranks is not None:
+            agree(asked, facts, problem, mesh.device_type if mesh is not None else _device_type(group), ranks)
     # A group of its own: collectives of data parallelism must not slip in between those of a layer.
     own = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
-    rank = dist.get_rank(own)
+    rank, layout = dist.get_rank(own), placement.layouts[0]
     for i, layer in enumerate(routed_layers(model).values()):
         assert isinstance(layer.experts, Experts)
-        homes = [placement.experts_of(i, device).tolist() for device in range(len(placement.devices))]
-        layer.experts = ParallelExperts(layer.experts, homes, rank, own.group_name)
+        layer.experts = ParallelExperts(layer.experts, Roster.of(layout, i), rank, own.group_name)
+    model.__dict__[PLACEMENT] = placement
+    model.__dict__[DATA_GROUP] = None if data is None else data.group_name
     _leave_to_us(model)
     return model
 
@@ -88,7 +100,8 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _group(mesh: DeviceMesh | None, asked: str) -> dist.ProcessGroup:
+def _groups(mesh: DeviceMesh | None, asked: str) -> tuple[dist.ProcessGroup, dist.ProcessGroup | None]:
+    """Return the ranks among which the experts are divided, and those that hold the same experts as this one."""
     if not (dist.is_available() and dist.is_initialized()):
         raise InputError(
             asked,
@@ -98,19 +111,23 @@ def _group(mesh: DeviceMesh | None, asked: str) -> dist.ProcessGroup:
     if mesh is None:
         world = dist.group.WORLD
         assert world is not None
-        return world
-    if not isinstance(mesh, DeviceMesh) or mesh.ndim != 1:
+        return world, None
+    names = getattr(mesh, "mesh_dim_names", None) or ()
+    flat = isinstance(mesh, DeviceMesh) and mesh.ndim == 1
+    if not flat and not (isinstance(mesh, DeviceMesh) and mesh.ndim == 2 and EXPERT_DIM in names):
         raise InputError(
             asked,
-            found=f"a {type(mesh).__name__} of {getattr(mesh, 'ndim', 'no')} dimensions",
-            do="pass a one-dimensional DeviceMesh, such as mesh['expert'], or None",
+            found=f"a {type(mesh).__name__} of {getattr(mesh, 'ndim', 'no')} dimensions named {list(names)}",
+            do="pass a one-dimensional DeviceMesh, one of two dimensions of which one is named 'expert', or None",
         )
-    ranks = mesh.mesh.tolist()
+    along = mesh if flat else mesh[EXPERT_DIM]
+    other = None if flat else mesh[next(name for name in names if name != EXPERT_DIM)].get_group()
+    ranks = along.mesh.tolist()
     if ranks != sorted(ranks) or dist.get_rank() not in ranks:
         raise InputError(
             asked, found=f"rank {dist.get_rank()} and a mesh over {ranks}", do="list this rank; keep ascending order"
         )
-    return mesh.get_group()
+    return along.get_group(), other
 
 
 def _check(model: object, group: dist.ProcessGroup, placement: object, asked: str) -> None:
@@ -120,12 +137,12 @@ def _check(model: object, group: dist.ProcessGroup, placement: object, asked: st
     layers = routed_layers(model)
     if any(isinstance(layer.experts, ParallelExperts) for layer in layers.values()):
         raise PlanError(asked, found="it is parallel already", do="build the model anew, or use it as it is")
-    whole = [name for name, layer in layers.items() if not isinstance(layer.experts, Experts)]
+    whole = [name for name, layer in layers.items() if type(layer.experts) is not Experts]
     if whole:
         raise PlanError(
             asked,
-            found=f"{', '.join(whole)}: experts that are modules and take whole samples",
-            do="leave these sites dense (skip=...), or run the model on one process",
+            found=f"{', '.join(whole)}: experts that are modules, or are offloaded, rather than stacked weights here",
+            do="leave these sites dense (skip=...) or call moefx.onload, or run the model on one process",
         )
     if len({id(layer.experts) for layer in layers.values()}) < len(layers):
         raise PlanError(asked, found="two layers share their experts", do="give each its own")

@@ -13,29 +13,54 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from moefx.parallel.experts import ParallelExperts
-from moefx.parallel.parallelize import expert_parameters, parallel_layers
+from moefx.parallel.parallelize import DATA_GROUP, expert_parameters, parallel_layers
 
 
 def average_gradients(model: nn.Module) -> None:
-    """Average the gradients of the replicated parameters over the ranks; those of the experts are averages already.
+    """Average the gradients over the ranks as one process would have them.
 
-    Call it on every rank after ``backward``, unless DistributedDataParallel wraps the model. A parameter without a
-    gradient on some ranks counts as zero there; without one anywhere it keeps none.
+    Call it on every rank after ``backward``, unless DistributedDataParallel or FSDP2 wraps the model: then call
+    :func:`average_expert_gradients`. A parameter without a gradient on some ranks counts as zero there; without one
+    anywhere it keeps none.
     """
     group = _group(next(iter(parallel_layers(model).values())))
     experts = {id(p) for p in expert_parameters(model).values()}
     replicated = [p for p in model.parameters() if p.requires_grad and id(p) not in experts]
-    if not replicated:
+    _average(replicated, group)
+    data = _data_group(model)
+    if data is not None:
+        _average(replicated, data)
+    average_expert_gradients(model)
+
+
+def average_expert_gradients(model: nn.Module) -> None:
+    """Average the experts' gradients over the ranks that hold the same experts; without a data dimension do nothing.
+
+    Over the ranks of one set of experts they are averages already.
+    """
+    data = _data_group(model)
+    if data is not None:
+        _average([p for p in expert_parameters(model).values() if p.requires_grad], data)
+
+
+def _average(parameters: list[nn.Parameter], group: dist.ProcessGroup) -> None:
+    if not parameters:
         return
-    present = torch.tensor([p.grad is not None for p in replicated], dtype=torch.int32, device=replicated[0].device)
+    present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
     dist.all_reduce(present, group=group)
-    for parameter, ranks in zip(replicated, present.tolist(), strict=True):
+    for parameter, ranks in zip(parameters, present.tolist(), strict=True):
         if not ranks:
             continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad, group=group)
         parameter.grad.div_(dist.get_world_size(group))
+
+
+def _data_group(model: nn.Module) -> dist.ProcessGroup | None:
+    name = model.__dict__.get(DATA_GROUP)
+    found: dist.ProcessGroup | None = None if name is None else _resolve_process_group(cast(Any, name))
+    return found
 
 
 def gather_state_dict(model: nn.Module) -> dict[str, Any]:
