@@ -17,7 +17,7 @@ F64 = torch.float64
 
 def small_dit() -> DiT:
     torch.manual_seed(0)
-    model = DiT(image_size=8, patch=2, in_channels=1, depth=2, width=16, heads=2, classes=4, mlp_ratio=4.0)
+    model = DiT(image_size=8, patch=2, in_channels=1, depth=2, width=16, heads=2, classes=4, label_dropout=0.0)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     return model.double().eval()
