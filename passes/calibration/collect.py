@@ -37,6 +37,7 @@ def calibrate(
     model: nn.Module,
     batches: Iterable[Batch] | Mapping[str, Iterable[Batch]],
     *,
+    inputs: Callable[[Batch], Any] | None = None,
     loss: Loss | None = None,
     buckets: int = 8,
     timesteps: tuple[float, float] | None = None,
@@ -54,6 +55,7 @@ def calibrate(
         model: a dense model; run in evaluation mode and given back as it was.
         batches: inputs of the model, as for :func:`moefx.transform`; or batches by branch, such as
             ``{"conditional": …, "unconditional": …}``.
+        inputs: maps a batch to the model's inputs, if it holds more than those.
         loss: maps the model's output and the batch to a scalar; its gradient gives the Taylor statistics.
         buckets: number of equal parts of the range of timesteps.
         timesteps: that range; by default 0 to 1 if the first batch's timesteps lie there, else 0 to 1000.
@@ -69,7 +71,7 @@ def calibrate(
     if buckets < 1 or samples < 1 or active < 1:
         raise OptionError("calibrate", found=f"buckets={buckets}, samples={samples}, active={active}", do="at least 1")
     by_branch = batches if isinstance(batches, Mapping) else {"all": batches}
-    runner = _Runner(model, loss, seed, {"samples": samples, "active": active})
+    runner = _Runner(model, inputs, loss, seed, {"samples": samples, "active": active})
     made: Calibration | None = None
     with _evaluating(model):
         for i, (branch, items) in enumerate(by_branch.items()):
@@ -95,14 +97,21 @@ class _Run:
 class _Runner:
     """Runs batches through graphs of the model, one per kind of call."""
 
-    def __init__(self, model: nn.Module, loss: Loss | None, seed: int, options: dict[str, int]) -> None:
-        self.model, self.loss, self.seed, self.options = model, loss, seed, options
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Callable[[Batch], Any] | None,
+        loss: Loss | None,
+        seed: int,
+        options: dict[str, int],
+    ) -> None:
+        self.model, self.inputs, self.loss, self.seed, self.options = model, inputs, loss, seed, options
         self.graphs: list[Graph] = []
         self.draws: dict[str, torch.Generator] = {}
 
     def run(self, batch: Batch) -> _Run:
         """Run one batch, on a graph that admits it."""
-        args, kwargs = normalise_inputs(self.model, batch)
+        args, kwargs = normalise_inputs(self.model, batch if self.inputs is None else self.inputs(batch))
         for graph in self.graphs:
             try:
                 return self._run(graph, args, kwargs, batch)
