@@ -13,10 +13,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `benchmarks` and `examples` are found
 
-from benchmarks.quality_runs import report, runner
+from benchmarks.quality_runs import report, runner, splits
 from benchmarks.quality_runs.conditions import TABLES
 from benchmarks.quality_runs.settings import SETTINGS
 
+TABLES["split"] = splits.table
 HERE = Path(__file__).resolve().parent
 
 

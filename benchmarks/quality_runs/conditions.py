@@ -11,6 +11,7 @@ from torch import nn
 
 import moefx
 from benchmarks.quality_runs.settings import Setting
+from examples.digits_demo.config import StageConfig
 from examples.digits_demo.data import Digits
 from examples.digits_demo.sparse import example_inputs
 from examples.dit import DiT
@@ -38,6 +39,7 @@ class Start:
 
 
 Build = Callable[[Start], nn.Module]
+Train = Callable[[nn.Module, Start, StageConfig], float]
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Condition:
         steps: share of the setting's extra steps it is trained for; 0 judges it untrained.
         scratch: train from random weights for the dense steps instead.
         aux: coefficients for ``moefx.aux_loss``; None adds no auxiliary loss.
+        train: trains the model in place of the usual loop and returns the seconds it took.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Condition:
     steps: float = 1.0
     scratch: bool = False
     aux: dict[str, float] | None = field(default=None)
+    train: Train | None = None
 
 
 def dense(start: Start) -> nn.Module:

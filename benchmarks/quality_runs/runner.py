@@ -17,7 +17,7 @@ from benchmarks.quality_runs.conditions import TABLES, Condition, Start
 from benchmarks.quality_runs.judge import Judge
 from benchmarks.quality_runs.settings import Setting
 from examples.digits_demo import dense as pretraining
-from examples.digits_demo.config import Config
+from examples.digits_demo.config import Config, StageConfig
 from examples.digits_demo.data import Digits
 from examples.digits_demo.files import write_text
 from examples.digits_demo.train import Trainee, train
@@ -99,10 +99,7 @@ def run_condition(setting: Setting, condition: Condition, start: Start, judge: J
     seconds = 0.0
     if steps:
         stage = dataclasses.replace(stage, steps=steps, warmup_steps=min(stage.warmup_steps, max(1, steps // 4)))
-        trainee = Trainee(model, stage, _penalty(condition))
-        title = f"{condition.name}, seed {start.seed}"
-        train([trainee], start.data, stage, setting.model.classes, start.seed + 1, title)
-        model, seconds = trainee.finish(), trainee.curve.seconds
+        model, seconds = _trained(setting, condition, model, start, stage)
     after = judge.loss(model)
     return {
         "loss": sum(after) / len(after),
@@ -114,6 +111,16 @@ def run_condition(setting: Setting, condition: Condition, start: Start, judge: J
         **judge.samples(model),
         **judge.time_ratio(model, start.dense),
     }
+
+
+def _trained(
+    setting: Setting, condition: Condition, model: nn.Module, start: Start, stage: StageConfig
+) -> tuple[nn.Module, float]:
+    if condition.train is not None:
+        return model, condition.train(model, start, stage)
+    trainee = Trainee(model, stage, _penalty(condition))
+    train([trainee], start.data, stage, setting.model.classes, start.seed + 1, f"{condition.name}, seed {start.seed}")
+    return trainee.finish(), trainee.curve.seconds
 
 
 def _fresh(setting: Setting, seed: int) -> DiT:
