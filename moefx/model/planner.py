@@ -40,6 +40,7 @@ def make_plan(
         NothingMatched: no site is left to rewrite, or a pattern matches none.
     """
     facts = analyse(graph)
+    rules = [rule.fitted(facts) for rule in rules]
     wanted, unwanted = patterns(only, "only"), patterns(skip, "skip")
     check_patterns(wanted, facts.sites, "only")
     check_patterns(unwanted, facts.sites, "skip")

@@ -2,6 +2,7 @@
 
 from moefx.passes.rewrite import (
     attention_experts,
+    attention_mechanisms,
     channel_groups,
     mixture_of_depths,
     mixture_of_heads,
@@ -28,6 +29,7 @@ from moefx.passes.rewrite.base import (
 # Importing these modules registers their passes.
 _MODULES = (
     attention_experts,
+    attention_mechanisms,
     channel_groups,
     mixture_of_depths,
     mixture_of_heads,

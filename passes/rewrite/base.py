@@ -10,7 +10,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -23,6 +23,7 @@ from moefx.passes.analysis.site import Kind, Site
 from moefx.passes.analysis.tokens import Branch, TokenLayout
 
 if TYPE_CHECKING:
+    from moefx.passes.analysis import Facts
     from moefx.passes.calibration import Calibration
 
 
@@ -164,6 +165,10 @@ class Pass(ABC):
     def accepts(self, tap: str, value: torch.Tensor) -> bool:
         """Return whether ``value`` will do for ``tap``; if not, a module further out is searched for a better one."""
         return True
+
+    def fitted(self, facts: Facts) -> Self:
+        """Return this pass with the options that depend on the traced model filled in; they are part of the plan."""
+        return self
 
     @property
     def needs_calibration(self) -> bool:
