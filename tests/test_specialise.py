@@ -7,14 +7,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+import moefx
 from examples.dit import DiT
 from moefx.errors import InputError, NothingMatched
+from moefx.graph.inputs import synthesise
 from moefx.model.specialise import Specialised, specialise
 from moefx.routing import Experts, LinearRouter, RoutedFFN, random_weights
 from moefx.routing.static import FusedFFN, fuse
+from moefx.zoo import tiny
 
+FIXED = ("added_cond_kwargs_resolution", "added_cond_kwargs_aspect_ratio")
 STEPS = [999.0, 750.5, 500.0, 250.0, 1.0]
+WHOLE = [999, 600, 1]
 
 
 class TimeRouted(nn.Module):
@@ -160,3 +166,70 @@ def test_printing() -> None:
     special = specialise(build(), STEPS, inputs())
     assert isinstance(special, Specialised)
     assert "5 timesteps" in repr(special)
+
+
+# ------------------------------------------------------------------------------------------------------ whole denoisers
+
+
+def denoiser(name: str, recipe: str, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a tiny transformed denoiser whose timestep routers choose this and that, and inputs for it."""
+    model = tiny(name)
+    inputs = synthesise(model)
+    moefx.transform(model, inputs, recipe=recipe, verify=False, **options)
+    seeded = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if "router" in path:
+                parameter.copy_(torch.randn(parameter.shape, generator=seeded))
+    return model, inputs
+
+
+def flops(model: nn.Module, inputs: dict[str, Any]) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs)
+    return int(counter.get_total_flops())
+
+
+@pytest.mark.parametrize(("name", "fixed"), [("DiTTransformer2DModel", ()), ("PixArtTransformer2DModel", FIXED)])
+def test_heads_and_channels_that_are_off_are_cut_out(name: str, fixed: tuple[str, ...]) -> None:
+    model, inputs = denoiser(name, "dydit")
+    special = moefx.specialise(model, WHOLE, inputs, fixed=fixed)
+    assert not special.left
+    assert len(special.variants) > 1
+    spent = []
+    for time in WHOLE:
+        at = inputs | {"timestep": torch.full_like(inputs["timestep"], time)}
+        with torch.no_grad():
+            torch.testing.assert_close(special(**at).sample, model(**at).sample, rtol=1e-4, atol=1e-5)
+        spent.append((flops(special, at), flops(model, at)))
+    assert sum(cut for cut, _ in spent) < 0.9 * sum(masked for _, masked in spent)
+    assert special.fallbacks == 0
+    widths = {block.attn1.to_q.weight.shape[0] for v in special.variants for block in v.transformer_blocks}
+    assert min(widths) < model.transformer_blocks[0].attn1.to_q.weight.shape[0]
+
+
+def test_heads_whose_norm_runs_across_them_stay_masked() -> None:
+    model, inputs = denoiser("WanTransformer3DModel", "dydit-heads")
+    special = moefx.specialise(model, WHOLE, inputs)
+    assert any("masked, not cut out" in why for why in special.left.values())
+    for time in WHOLE:
+        at = inputs | {"timestep": torch.full_like(inputs["timestep"], time)}
+        with torch.no_grad():
+            torch.testing.assert_close(special(**at).sample, model(**at).sample, rtol=1e-4, atol=1e-5)
+
+
+def test_a_broken_promise_runs_the_routed_model() -> None:
+    model, inputs = denoiser("PixArtTransformer2DModel", "dydit")
+    with pytest.raises(NothingMatched, match="added_cond_kwargs_resolution"):
+        moefx.specialise(model, WHOLE, inputs)
+    with pytest.raises(InputError, match="did you mean"):
+        moefx.specialise(model, WHOLE, inputs, fixed=["added_cond_kwargs_resolutions"])
+    special = moefx.specialise(model, WHOLE, inputs, fixed=FIXED)
+    at = inputs | {"timestep": torch.full_like(inputs["timestep"], WHOLE[0])}
+    extra = {k: v * 2 for k, v in inputs["added_cond_kwargs"].items()}
+    with torch.no_grad():
+        special(**at)
+        assert special.fallbacks == 0
+        other = at | {"added_cond_kwargs": extra}
+        assert torch.equal(special(**other).sample, model(**other).sample)
+    assert special.fallbacks == 1

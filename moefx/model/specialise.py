@@ -19,12 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from moefx.errors import InputError, NothingMatched
+from moefx.errors import GuardError, InputError, NothingMatched, nearest
 from moefx.graph import Graph, trace
-from moefx.graph.signature import Inputs
+from moefx.graph.signature import CallSpec, Inputs
+from moefx.model.handle import handle_of
+from moefx.model.slice_heads import CannotSlice, slice_heads
 from moefx.passes.analysis import Facts, analyse
 from moefx.passes.analysis.conditioning import TIMESTEP
-from moefx.routing.static import FirstArgument, Foldable
+from moefx.routing.static import ConstantGates, FirstArgument, Foldable
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,28 @@ class _Folding:
     path: str
     module: Any
     arguments: tuple[Node, ...]
+
+
+class _Promise:
+    """Inputs that were promised to stay what they were; checked at every call."""
+
+    def __init__(self, spec: CallSpec, names: Sequence[str]) -> None:
+        known = [tensor.name for tensor in spec.tensors]
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise InputError(f"fix the input {unknown[0]!r}", found="no such tensor", do=nearest(unknown[0], known))
+        self.spec = spec
+        self.rows = {known.index(name): _one_sample(spec.examples[known.index(name)]) for name in names}
+
+    def kept(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call passes the promised values, for every sample."""
+        if not self.rows:
+            return True
+        try:
+            values = self.spec.tensors_of(args, kwargs)
+        except GuardError:
+            return False
+        return all(bool((values[i].cpu() == row.cpu()).all()) for i, row in self.rows.items())
 
 
 class Specialised(nn.Module):
@@ -58,11 +82,12 @@ class Specialised(nn.Module):
         variant_of: dict[float, int],
         left: dict[str, str],
         name: str,
+        promise: _Promise,
     ) -> None:
         super().__init__()
         self.routed, self.variants = routed, nn.ModuleList(variants)
         self.variant_of, self.left, self.fallbacks = dict(variant_of), dict(left), 0
-        self._argument = name
+        self._argument, self._promise = name, promise
         self._position = _position(routed, name)
         self._fixed: int | None = None
 
@@ -97,6 +122,7 @@ class Specialised(nn.Module):
         value = kwargs[self._argument] if self._argument in kwargs else args[self._position]
         times = set(value.flatten().tolist()) if isinstance(value, Tensor) else {value}
         found = self.variant_of.get(_rounded(times.pop())) if len(times) == 1 else None
+        found = found if self._promise.kept(args, kwargs) else None
         self.fallbacks += found is None
         return found
 
@@ -112,7 +138,9 @@ class Specialised(nn.Module):
 
 
 @torch.no_grad()
-def specialise(model: nn.Module, timesteps: Sequence[float] | Tensor, inputs: Inputs = None) -> Specialised:
+def specialise(
+    model: nn.Module, timesteps: Sequence[float] | Tensor, inputs: Inputs = None, *, fixed: Sequence[str] = ()
+) -> Specialised:
     """Evaluate every router that reads the timestep alone at each of ``timesteps``, and fold what it chose.
 
     The model is left as it is. Results equal the routed model's to rounding, at every timestep of the list.
@@ -121,9 +149,11 @@ def specialise(model: nn.Module, timesteps: Sequence[float] | Tensor, inputs: In
         model: a transformed model, in evaluation mode.
         timesteps: those of the sampler, such as ``scheduler.timesteps``, as the model receives them.
         inputs: example inputs, as for :func:`moefx.transform`.
+        fixed: names of tensor inputs that every call will pass as ``inputs`` has them, such as the guidance or the
+            resolution; routers may read these too. A call with others runs the routed model.
 
     Raises:
-        InputError: no timesteps, not finite ones, or a model in training mode.
+        InputError: no such input, no timesteps, not finite ones, or a model in training mode.
         NothingMatched: no router reads the timestep alone.
         CaptureError: the model cannot be traced.
     """
@@ -133,28 +163,75 @@ def specialise(model: nn.Module, timesteps: Sequence[float] | Tensor, inputs: In
         raise InputError("specialise a model", found=found, do="pass a transformed model, after model.eval()")
     graph = trace(model, inputs)
     facts = analyse(graph)
-    source = _timestep_input(graph, facts)
-    foldings, left = _foldings(graph, facts)
+    assert graph.call_spec is not None
+    source, promise = _timestep_input(graph, facts), _Promise(graph.call_spec, fixed)
+    foldings, left = _foldings(graph, facts, {source.name, *fixed})
     if not foldings:
         found = "; ".join(f"{path}: {why}" for path, why in left.items()) or "no routed module"
         raise NothingMatched(
             f"specialise {type(model).__name__}",
             found=found,
-            do="transform it with a recipe whose router reads the timestep alone (moefx recipes)",
+            do="transform it with a recipe whose router reads the timestep alone (moefx recipes), or name inputs that "
+            "never change with fixed=",
         )
     shared: dict[str, dict[Hashable, Any]] = {folding.path: {} for folding in foldings}
     chosen: dict[tuple[Hashable, ...], int] = {}
     variants: list[nn.Module] = []
     variant_of: dict[float, int] = {}
+    cutter = _Cutter(model)
     for time, values in zip(times, _evaluate(graph, source, foldings, times), strict=True):
         folded = [f.module.fold(v, shared[f.path]) for f, v in zip(foldings, values, strict=True)]
         key = tuple(choice for choice, _ in folded)
         if key not in chosen:
             chosen[key] = len(variants)
-            parts = {f.path: FirstArgument(static) for f, (_, static) in zip(foldings, folded, strict=True)}
-            variants.append(_with_parts(model, parts))
+            parts = {f.path: _called_alike(static) for f, (_, static) in zip(foldings, folded, strict=True)}
+            choices = {f.path: choice for f, (choice, _) in zip(foldings, folded, strict=True)}
+            variants.append(cutter.cut(_with_parts(model, parts), parts, choices))
         variant_of[time] = chosen[key]
-    return Specialised(model, variants, variant_of, left, source.name)
+    return Specialised(model, variants, variant_of, left | cutter.left, source.name, promise)
+
+
+class _Cutter:
+    """Cuts heads that are off out of the blocks of variants; a block with the same heads is cut once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        handle = handle_of(model)
+        sites = [site for plan in handle.plans for site in plan.sites] if handle else []
+        self.inputs = {site.block: site.block_inputs for site in sites if site.block is not None}
+        self.done: dict[Hashable, nn.Module | None] = {}
+        self.left: dict[str, str] = {}
+
+    def cut(self, variant: nn.Module, parts: Mapping[str, nn.Module], choices: Mapping[str, Hashable]) -> nn.Module:
+        """Return ``variant`` with the heads cut out of every block where that can be done."""
+        by_block: dict[str, dict[str, ConstantGates]] = {}
+        for path, part in parts.items():
+            owner, _, name = path.rpartition(".")
+            if isinstance(part, ConstantGates) and len(part.on()) < len(part.values):
+                by_block.setdefault(owner, {})[name] = part
+        for path, gates in by_block.items():
+            key = path, tuple(choice for name, choice in choices.items() if name.startswith(f"{path}."))
+            if key not in self.done:
+                self.done[key] = self._cut_block(variant.get_submodule(path), path, gates)
+            block = self.done[key]
+            if block is not None:
+                owner, _, name = path.rpartition(".")
+                variant.get_submodule(owner)._modules[name] = block
+        return variant
+
+    def _cut_block(self, block: nn.Module, path: str, gates: Mapping[str, ConstantGates]) -> nn.Module | None:
+        inputs = self.inputs.get(path)
+        try:
+            if inputs is None:
+                raise CannotSlice("its block was not captured")
+            return slice_heads(block, inputs, gates)
+        except CannotSlice as reason:
+            self.left[path] = f"heads that are off are masked, not cut out: {reason}"
+            return None
+
+
+def _called_alike(static: nn.Module) -> nn.Module:
+    """Return a module that takes the arguments which the routed one took."""
+    return static if isinstance(static, ConstantGates) else FirstArgument(static)
 
 
 def _times(timesteps: Sequence[float] | Tensor) -> list[float]:
@@ -185,8 +262,8 @@ def _timestep_input(graph: Graph, facts: Facts) -> Node:
     return found[0]
 
 
-def _foldings(graph: Graph, facts: Facts) -> tuple[list[_Folding], dict[str, str]]:
-    """Return the modules that the timestep alone decides, and for the other routed ones why not."""
+def _foldings(graph: Graph, facts: Facts, given: set[str]) -> tuple[list[_Folding], dict[str, str]]:
+    """Return the modules that the ``given`` inputs alone decide, and for the other routed ones why not."""
     folded: dict[str, _Folding] = {}
     left: dict[str, str] = {}
     for node in graph.fx.nodes:
@@ -195,16 +272,23 @@ def _foldings(graph: Graph, facts: Facts) -> tuple[list[_Folding], dict[str, str
             continue
         path = str(node.target)
         arguments = tuple(node.args[i] for i in module.deciding if i < len(node.args))
-        reads = frozenset().union(*(facts.context.classes.of(n) for n in arguments if isinstance(n, Node)))
+        others = sorted(_inputs_behind(facts, arguments) - given)
         if not module.deciding:
             left[path] = "its router reads tokens"
-        elif not all(isinstance(n, Node) for n in arguments) or not reads <= {TIMESTEP}:
-            left[path] = f"its choice depends on {', '.join(sorted(reads - {TIMESTEP}))}"
+        elif others:
+            left[path] = f"its choice depends on {', '.join(others)}"
         elif path in folded:
             left[path] = "it is called more than once"
         else:
             folded[path] = _Folding(path, module, tuple(n for n in arguments if isinstance(n, Node)))
     return [folding for path, folding in folded.items() if path not in left], left
+
+
+def _inputs_behind(facts: Facts, arguments: Sequence[Any]) -> set[str]:
+    """Return the names of the inputs whose data the arguments depend on; their sizes are no data."""
+    flow = facts.context.flow
+    nodes = [argument for argument in arguments if isinstance(argument, Node)]
+    return {p.name for p in flow.placeholders if any(flow.ancestors[flow.index[n]] >> flow.index[p] & 1 for n in nodes)}
 
 
 def _evaluate(

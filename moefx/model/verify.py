@@ -53,7 +53,7 @@ def check_blocks(model: nn.Module, changes: Sequence[Change], built: Sequence[Re
         sites = [made for made in built if made.plan.block == change.path]
         contracts = [made.rule.contract() for made in sites]
         module = model.get_submodule(change.path)
-        args, kwargs = _random_call(module, sites[0].plan.block_inputs or {}, seed)
+        args, kwargs = random_call(module, sites[0].plan.block_inputs or {}, seed)
         before = run(module, args, kwargs)
         after = run(changed_clone(module, change), args, kwargs)
         exact = all(contract.kind == "exact" for contract in contracts)
@@ -68,7 +68,7 @@ def check_blocks(model: nn.Module, changes: Sequence[Change], built: Sequence[Re
     return checks
 
 
-def _random_call(module: nn.Module, inputs: JSON, seed: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def random_call(module: nn.Module, inputs: JSON, seed: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Fill a described call with random numbers; integers are zero and masks keep everything, which is always legal."""
     draws = torch.Generator().manual_seed(seed)
 

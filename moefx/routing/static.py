@@ -129,3 +129,25 @@ class FirstArgument(nn.Module):
         """Return ``static(x)``."""
         y: Tensor = self.static(x)
         return y
+
+
+class ConstantGates(nn.Module):
+    """Gates that are the same for every token: ``[1, 1, H]``, whatever it is called with."""
+
+    values: Tensor
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("values", values.detach().reshape(-1), persistent=False)
+
+    def forward(self, *_: Any) -> Tensor:
+        """Return the gates."""
+        return self.values.view(1, 1, -1)
+
+    def on(self) -> tuple[int, ...]:
+        """Return the positions of the gates that are not zero."""
+        return tuple(torch.nonzero(self.values).flatten().tolist())
+
+    def only(self, chosen: tuple[int, ...]) -> ConstantGates:
+        """Return some of the gates."""
+        return ConstantGates(self.values[list(chosen)])

@@ -5,12 +5,16 @@ Legend: B samples, T tokens (1 where a router reads the sample only), G gated gr
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from moefx.errors import InputError, OptionError
 from moefx.routing.precision import KeepFloat32, at_least_float32
 from moefx.routing.record import RoutingRecord
+from moefx.routing.static import ConstantGates
 
 
 class ThresholdGate(KeepFloat32):
@@ -86,6 +90,18 @@ class ThresholdGate(KeepFloat32):
         gates = (y.detach() > 0.5).to(y.dtype) + (y - y.detach())
         self._remember(z, gates)
         return torch.cat([gates.new_ones((*gates.shape[:-1], self.keep)), gates], dim=-1)
+
+    @property
+    def deciding(self) -> tuple[int, ...]:
+        """Positions of the taps, if the router reads nothing else; see `moefx.routing.static`."""
+        return () if getattr(self.router, "dim", 1) != 0 else tuple(range(1, 1 + len(self.taps)))
+
+    @torch.no_grad()
+    def fold(self, values: tuple[Tensor, ...], shared: dict[Hashable, Any]) -> tuple[Hashable, nn.Module]:
+        """Return the groups that are on for these values of the taps, and their gates as constants."""
+        gates = self(values[0].new_zeros((1, 1, 1)), *values).reshape(-1)
+        groups = tuple(torch.nonzero(gates).flatten().tolist())
+        return groups, shared.setdefault(groups, ConstantGates(gates))
 
     def _remember(self, z: Tensor, gates: Tensor) -> None:
         groups = self.num_groups - self.keep
