@@ -155,8 +155,8 @@ class RoutedFFN(KeepFloat32):
         broken = handle_non_finite(logits, self.non_finite)
         if broken is not None:
             logits = logits.masked_fill(broken, 0)
-        scores = selection_scores(logits.detach(), self.mode, self.selection_bias)
         by_expert = self.selector.by_expert
+        scores = selection_scores(logits.detach(), self.mode, self.selection_bias, across_tokens=by_expert)
         if broken is not None and by_expert:
             scores = scores.masked_fill(broken, float("-inf"))
         chosen = self.selector(scores, x, *self._values(self.selector.taps, taps))

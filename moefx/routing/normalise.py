@@ -142,16 +142,19 @@ def probabilities(logits: Tensor, mode: str) -> Tensor:
     return F.logsigmoid(logits).softmax(-1) if mode.startswith("sigmoid") else logits.softmax(-1)
 
 
-def selection_scores(logits: Tensor, mode: str, bias: Tensor | None) -> Tensor:
+def selection_scores(logits: Tensor, mode: str, bias: Tensor | None, *, across_tokens: bool = False) -> Tensor:
     """Return what the selector ranks ``[..., E]``: the logits, or with a bias ``[E]`` the scores plus that bias.
+
+    Within a token logits and scores have one order. ``across_tokens``, where experts choose tokens, they have not:
+    there the scores are ranked (the affinities of EC-DiT, arXiv 2410.02098), except under ``identity``.
 
     The bias of auxiliary-loss-free balancing is added to the *scores* (σ or softmax), never to the logits and never to
     the gates (DeepSeek-V3, arXiv 2412.19437). A bias of −inf takes an expert out of the selection.
     """
-    if bias is None:
+    if bias is None and (not across_tokens or mode == "identity"):
         return logits
     scores = logits.sigmoid() if mode.startswith("sigmoid") else logits.softmax(-1)
-    return scores + bias
+    return scores if bias is None else scores + bias
 
 
 def default_mode(num_experts: int, k: int) -> str:

@@ -175,6 +175,8 @@ def _conflict(o: RoutingOptions) -> str:
             return f"select_groups = {o.select_groups} must divide {o.groups} experts, and keep_groups be at most that"
         if o.top_k // o.granularity > o.keep_groups * each:
             return f"top_k = {o.top_k} of the {o.keep_groups * each} experts in {o.keep_groups} groups"
+    if o.selection_bias and o.selector not in TOP_K | {"expert-choice"}:
+        return f"selection_bias shifts a ranking, which {o.selector} does not make"
     if o.selector == "interval" and sum(o.intervals) != o.groups:
         return f"intervals = {o.intervals} must add up to the {o.groups} experts"
     if o.selector == "predicted" and o.always:
