@@ -39,7 +39,7 @@ class Shape:
         return 4.0 * self.rows * self.width * self.hidden * (3 if backward else 1)
 
     def bytes(self, backward: bool) -> float:
-        """Least traffic in 2-byte elements: every tensor once, results expanded and then reduced, z kept in training."""
+        """Least traffic of 2-byte elements: every tensor once, results expanded, then reduced, z kept in training."""
         t, d, f, r, e = self.tokens, self.width, self.hidden, self.rows, self.experts
         touched = e * (1 - (1 - 1 / e) ** r)
         reduced = r * d + t * d if self.slots > 1 else 0

@@ -43,7 +43,7 @@ class Clock:
         self._flush = torch.empty(size, dtype=torch.int8, device=device)
 
     def interleaved(self, calls: dict[str, Callable[[], Any]]) -> dict[str, Timing]:
-        """Return the timing of each call; every round runs all of them, in an order of its own, with a cold L2 cache."""
+        """Return the timing of each call; every round runs all, in an order of its own, with a cold L2 cache."""
         shuffle = random.Random(0)
         marks: dict[str, list[Any]] = {name: [] for name in calls}
         for call in calls.values():

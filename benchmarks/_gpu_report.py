@@ -68,8 +68,8 @@ def summary(rows: list[Row]) -> str:
         if ratios:
             mean = statistics.geometric_mean(ratios)
             lines.append(
-                f"- {direction}, {mode}: {mean:.2f} times the best peer in the geometric mean of {len(ratios)} problems, "
-                f"{min(ratios):.2f} at worst"
+                f"- {direction}, {mode}: {mean:.2f} times the best peer in the geometric mean of {len(ratios)} "
+                f"problems, {min(ratios):.2f} at worst"
             )
     noise = [abs(r["us_again"] / r["us"] - 1) for r in rows if r.get("us_again") and r["us"]]
     if noise:

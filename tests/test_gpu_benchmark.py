@@ -96,10 +96,8 @@ def test_floors_are_those_of_the_roofline(
 def test_routings_are_what_they_are_called(load: Any) -> None:
     cases = load("_gpu_cases")
     shape = cases.Shape("x", 512, 8, 8, 8, 2)
-    counts = {
-        r: torch.bincount(cases.draw_experts(shape, r, torch.device("cpu")).flatten(), minlength=8)
-        for r in cases.ROUTINGS
-    }
+    drawn = {routing: cases.draw_experts(shape, routing, torch.device("cpu")) for routing in cases.ROUTINGS}
+    counts = {routing: torch.bincount(chosen.flatten(), minlength=8) for routing, chosen in drawn.items()}
     assert counts["balanced"].unique().tolist() == [128]
     assert counts["all to one"].tolist() == [512, 512, 0, 0, 0, 0, 0, 0]
     assert int(counts["skewed"].max()) > 3 * int(counts["skewed"].min())
