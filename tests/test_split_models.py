@@ -105,12 +105,16 @@ def test_saved_and_loaded(recipe: str, tmp_path: Path) -> None:
     )
     _, model = convert(recipe, **options)
     moefx.save(model, tmp_path / "saved")
+    assert (tmp_path / "saved" / "moefx_calibration.safetensors").stat().st_size < 100_000
     loaded = moefx.load(tmp_path / "saved", small_dit())
     # Not to the bit: loaded tensors may lie otherwise in memory, and products sum in another order then.
     assert relative(loaded(*batch(9)), model(*batch(9))) < 1e-14
     assert all(
         torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True)
     )
+    kept, made = loaded.moefx.calibration.layer("blocks.0.mlp"), calibrated()[1].layer("blocks.0.mlp")
+    assert torch.equal(kept.hidden.mean, made.hidden.mean)
+    assert len(kept.sample.x) == 0
     with torch.device("meta"):
         empty = small_dit()
     assert relative(moefx.load(tmp_path / "saved", empty.eval())(*batch(9)), model(*batch(9))) < 1e-14

@@ -14,6 +14,7 @@ from moefx.graph.signature import Inputs
 from moefx.model.install import Undo
 from moefx.model.plan import Plan
 from moefx.model.report import Report
+from moefx.passes.calibration import Calibration
 from moefx.routing.override import override
 from moefx.routing.record import RoutingRecord
 from moefx.training import aux_loss, routing_records
@@ -33,12 +34,14 @@ class Applied:
 class Handle:
     """The namespace ``model.moefx``.
 
-    The dense modules it keeps for :func:`moefx.untransform` are not part of the model's state.
+    The dense modules it keeps for :func:`moefx.untransform` are not part of the model's state. ``calibration`` is what
+    the last transform was given; it is saved with the model but for its tokens.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self.applied: list[Applied] = []
+        self.calibration: Calibration | None = None
 
     @property
     def report(self) -> Report:

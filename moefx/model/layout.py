@@ -25,6 +25,7 @@ from moefx.model.staging import find_backup
 SCHEMA = 1
 CONFIG, PLANS, MANIFEST = "config.json", "moefx_plan.json", "moefx_manifest.json"
 BUFFERS = "moefx_buffers.safetensors"
+CALIBRATION = "moefx_calibration.safetensors"
 JSON = dict[str, Any]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

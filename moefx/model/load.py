@@ -14,11 +14,12 @@ from moefx.errors import InputError, UnsafeInputError
 from moefx.model.diffusers import build_dense, resolve_class
 from moefx.model.handle import Applied, handle_of
 from moefx.model.install import apply_changes
-from moefx.model.layout import BUFFERS, Saved, read_folder, unsafe
+from moefx.model.layout import BUFFERS, CALIBRATION, Saved, read_folder, unsafe
 from moefx.model.plan import Plan
 from moefx.model.realise import realise
 from moefx.model.report import Report
 from moefx.model.transform import attach
+from moefx.passes.calibration import Calibration
 
 _LARGEST_OPTION = 1 << 16  # a forged number of experts would be built one by one before the weights disagree
 
@@ -71,6 +72,9 @@ def fill(model: nn.Module, saved: Saved, dtype: torch.dtype | None = None) -> nn
     _fill_buffers(model, saved)
     for report in applied:
         attach(model, Applied(report, None, dense))
+    handle = handle_of(model)
+    if handle is not None and CALIBRATION in saved.manifest.files:
+        handle.calibration = Calibration.load(saved.folder / CALIBRATION)
     return model
 
 

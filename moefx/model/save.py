@@ -20,6 +20,7 @@ from moefx.model.diffusers import config_of, is_diffusers
 from moefx.model.handle import Handle, handle_of
 from moefx.model.layout import (
     BUFFERS,
+    CALIBRATION,
     CONFIG,
     JSON,
     MANIFEST,
@@ -68,6 +69,8 @@ def save(
         buffers = _unsaved_buffers(whole)
         if buffers:
             _store(buffers, stage / BUFFERS)
+        if handle.calibration is not None:
+            handle.calibration.without_tokens().save(stage / CALIBRATION)
         _write_json(stage / PLANS, [plan.model_dump(mode="json") for plan in handle.plans])
         _write_json(stage / CONFIG, _config(whole, handle))
         files = {path.name: describe(stage, path.name) for path in sorted(stage.iterdir())}

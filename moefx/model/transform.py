@@ -141,6 +141,8 @@ def transform_model(
             seconds=clock.seconds,
         )
         attach(model, Applied(report, undos, was))
+        if calibration is not None:
+            model.__dict__[ATTRIBUTE].calibration = calibration
     except BaseException:
         undo_changes(model, undos)
         raise

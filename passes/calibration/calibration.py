@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moefx.errors import InputError, nearest
-from moefx.passes.calibration.layer import LayerStatistics
+from moefx.passes.calibration.layer import LayerStatistics, Sample
 
 
 @dataclass
@@ -94,6 +94,11 @@ class Calibration:
             assert part is not None
             total = total.merged(part)
         return total
+
+    def without_tokens(self) -> Calibration:
+        """Return the statistics alone: small, and without the user's data."""
+        layers = {name: replace(layer, sample=Sample.empty(layer.sizes[0])) for name, layer in self.layers.items()}
+        return replace(self, layers=layers)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file; see `moefx.passes.calibration.file`."""
