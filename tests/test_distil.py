@@ -82,7 +82,7 @@ def test_the_loop_is_the_one_written_out() -> None:
 
 
 def test_a_split_model_gets_closer_to_its_teacher() -> None:
-    teacher, student = convert("moefx-split", experts=12, shared=4, top_k=4, router_steps=50)
+    teacher, student = convert("moefx-split", experts=12, shared=4, top_k=4)
     few = [batch(i % 4) for i in range(60)]
     before = output_loss(student(*batch(0)), teacher(*batch(0)))
     distil(student, teacher, few, steps=60, rate=3e-3, features=["blocks.0", "blocks.1"], progress=False)

@@ -118,7 +118,7 @@ def test_a_scorer_learns_a_planted_function() -> None:
     x = torch.randn(400, 5, generator=draws)
     target = torch.relu(x @ torch.randn(5, 3, generator=draws))
     scorer = MLPScorer(5, 3, hidden=32, act="relu", std=0.4, generator=draws)
-    before = float((scorer(x) - target).square().mean())
+    before = float((scorer(x) - target).detach().square().mean())
     after = fit.train_scorer(scorer, x, target, draws, steps=400)
     assert after < 0.02 * before
 

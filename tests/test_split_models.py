@@ -32,7 +32,7 @@ MODELS = (
 )
 SMALL = {"experts": 3, "shared": 1}
 RECIPES: dict[str, dict[str, Any]] = {
-    "moefx-split": {**SMALL, "top_k": 1, "router_steps": 20, "router_hidden": 8},
+    "moefx-split": {**SMALL, "top_k": 1},
     "cmoe": {**SMALL, "top_k": 1},
     "dense2moe": {**SMALL, "top_k": 1, "scale": 3.0},
     "moefication": {"experts": 4, "top_k": 2, "router_steps": 20},

@@ -273,7 +273,7 @@ def test_chess(rows: int) -> None:
 
 
 def test_moefx_split() -> None:
-    options = {"experts": 12, "shared": 4, "top_k": 4, "router_hidden": 24, "router_steps": 200}
+    options = {"experts": 12, "shared": 4, "top_k": 4}
     dense, model = convert("moefx-split", **options)
     routed, plain = model.get_submodule(NAME), Plain(dense.get_submodule(NAME))
     shared, parts = slices(routed, 4, 12)
@@ -283,15 +283,20 @@ def test_moefx_split() -> None:
     within = h.view(4, 6, -1, 64).transpose(0, 1).flatten(1, 2).var(1, unbiased=False).mean(0)
     value = within * plain.w2.detach().square().sum(0)
     assert set(shared.tolist()) == set(value.topk(16).indices.tolist())
-    scorer, cut = routed.router.scorer, routed.selector.cut.flatten().double()
-    w = [p.detach().double() for p in (scorer.w_in, scorer.b_in, scorer.w_out, scorer.b_out)]
+    W, bias = routed.router.weight.detach().double(), routed.router.bias.detach().double()
+    cut = routed.selector.cut.flatten().double()
 
     def scores(x: Tensor) -> Tensor:
-        return (torch.relu(x @ w[0].T + w[1]) @ w[2].T + w[3]).abs()
+        return x @ W.T + bias
 
     taken = scores(x) > cut
     assert float(taken.double().sum(1).mean()) == pytest.approx(4, abs=0.1)
     outputs = torch.stack([plain.part(x, p) for p in parts], 1).detach()
+    # Ridge regression of the centred slices' norms.
+    z = (outputs - outputs.mean(0)).norm(dim=2)
+    centred = x - x.mean(0)
+    weight = 1e-3 * centred.square().sum(0).mean() * torch.eye(16, dtype=F64)
+    assert relative(W, torch.linalg.solve(centred.T @ centred + weight, centred.T @ (z - z.mean(0))).T) < 1e-5
     mu = torch.stack([outputs[~taken[:, e], e].mean(0) for e in range(12)])
     y = plain.part(x, shared).detach() + torch.where(taken[:, :, None], outputs, mu).sum(1)
     full = plain.part(x, shared).detach() + outputs.sum(1)

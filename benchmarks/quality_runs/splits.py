@@ -24,8 +24,6 @@ TOKENS = 4096
 # At most a fifth of the dense model's 1,500 steps: 0.3 of the table's 1,000.
 SHARE_OF_STEPS = 0.3
 RATE = 4e-3
-# A router that costs little beside a network of width 32.
-SMALL_ROUTER = {"router": "mlp", "router_hidden": 16}
 
 
 def batches(setting: Setting, data: Digits, seed: int) -> Iterator[Batch]:
@@ -98,10 +96,7 @@ def table(setting: Setting) -> list[Condition]:
     """Splits with 75, 50 and 25 % of the neurons active, before and after distillation for a fifth of the steps."""
     ours = {"moefx-split, 75 % active": (24, 8, 16), "moefx-split, 50 % active": (24, 8, 8)}
     ours["moefx-split, 25 % active"] = (28, 4, 4)
-    made = [
-        (name, split(setting, "moefx-split", experts=e, shared=s, top_k=k, **SMALL_ROUTER))
-        for name, (e, s, k) in ours.items()
-    ]
+    made = [(name, split(setting, "moefx-split", experts=e, shared=s, top_k=k)) for name, (e, s, k) in ours.items()]
     made += [
         ("random slices, 50 % active", random_slices(setting, 16)),
         ("d2dmoe, 50 % active", split(setting, "d2dmoe", experts=32, top_k=16, router_hidden=16)),

@@ -16,7 +16,7 @@ RECIPE = register_recipe(
                 "partition": "clusters",
                 "features": "activations",
                 "importance": "variance",
-                "router": "mlp",
+                "router": "ridge",
                 "target": "norm",
                 "selector": "threshold",
                 "compensation": "mean",
@@ -27,7 +27,7 @@ RECIPE = register_recipe(
         choices=Choices(
             granularity="token",
             reads="token",
-            scorer="MLP, absolute value",
+            scorer="linear, by ridge regression",
             selector="threshold, calibrated",
             normaliser="unit",
             experts="FFN slices (balanced k-means of activations) + shared slices, means of those left out",

@@ -120,12 +120,12 @@ def train_scorer(
 
 
 def share_cut(score_SE: Tensor, share: float) -> float:
-    """Return the cut above which a fraction ``share`` of all scores lies."""
+    """Return the cut above which a fraction ``share`` of all scores lies: midway between two of them, far from both."""
     flat = score_SE.double().flatten().sort().values
-    above = round(share * len(flat))
-    if above >= len(flat):
+    below = len(flat) - round(share * len(flat))
+    if below == 0:
         return float(flat[0]) - 1.0
-    return float(flat[len(flat) - above - 1]) if above else float(flat[-1])
+    return float((flat[below - 1] + flat[min(below, len(flat) - 1)]) / 2)
 
 
 def relative_cut(score_SE: Tensor, share: float) -> float:
@@ -133,7 +133,8 @@ def relative_cut(score_SE: Tensor, share: float) -> float:
     score = score_SE.double().clamp_min(0)
     ratio = 1 - score / score.max(-1, keepdim=True).values.clamp_min(1e-30)
     flat = ratio.flatten().sort().values
-    return float(flat[min(len(flat), max(1, round(share * len(flat)))) - 1])
+    last = min(len(flat), max(1, round(share * len(flat)))) - 1
+    return float((flat[last] + flat[min(last + 1, len(flat) - 1)]) / 2)
 
 
 def equal_loss_shares(scores: list[Tensor], lost: list[Tensor], share: float) -> list[float]:
