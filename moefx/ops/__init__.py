@@ -1,6 +1,6 @@
 """The dialect: what a routed layer needs and torch cannot say with static shapes.
 
-Four operators, each a ``torch.library.custom_op`` with a fake rule, a gradient, a fast CPU kernel and a kernel for
+Five operators, each a ``torch.library.custom_op`` with a fake rule, a gradient, a fast CPU kernel and a kernel for
 other devices that never waits for them. They trace under ``torch.fx``, ``make_fx``, ``torch.export`` and
 ``torch.compile``; no shape depends on what a router decided. ``activate`` is no operator but a call of a pointwise
 function that spares an eager forward pass its memory traffic. A routed FFN is::
@@ -10,6 +10,7 @@ function that spares an eager forward pass its memory traffic. A routed FFN is::
     y_TD = combine(grouped_linear(hidden, w_out_EDF, b_out_ED, None, offsets, 1), order, weights_TK)
 
 and where experts choose tokens, so that a token has any number of rows, ``scatter`` stands for ``combine``.
+``head_attention`` is attention in which queries choose their heads.
 
 Shapes: ``T`` tokens, ``K`` slots per token, ``R = T*K`` routed rows, ``E`` experts, ``I`` input and ``N`` output width.
 Second derivatives are not defined and raise :class:`moefx.errors.MoefxError`.
@@ -21,6 +22,7 @@ from moefx.ops.activate import activate
 from moefx.ops.combine import combine
 from moefx.ops.group import group
 from moefx.ops.grouped_linear import grouped_linear
+from moefx.ops.head_attention import head_attention
 from moefx.ops.scatter import scatter
 
-__all__ = ["activate", "combine", "group", "grouped_linear", "scatter"]
+__all__ = ["activate", "combine", "group", "grouped_linear", "head_attention", "scatter"]

@@ -1,0 +1,191 @@
+"""``moefx::head_attention``: attention in which every query chooses its heads.
+
+A gate of exactly zero means that the head is not computed for that query, not that its result is multiplied by zero.
+Shapes: ``B`` samples, ``N`` queries, ``M`` keys, ``H`` heads, ``d`` head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moefx.ops._checks import differ, no_double_backward, one_device, refuse
+
+
+def head_attention(
+    q_BNHd: Tensor, k_BMHd: Tensor, v_BMHd: Tensor, gates_BNH: Tensor, scale: float | None = None
+) -> Tensor:
+    """Return ``gates · softmax(q kᵀ · scale) v`` per query and head; zeros, without work, where the gate is zero.
+
+    The gradient of a zero gate is zero, since what it multiplies is not computed: choose heads by a gate that is
+    scattered into zeros, as :class:`moefx.routing.heads.HeadGate` does.
+
+    Args:
+        q_BNHd: queries.
+        k_BMHd: keys, of the dtype of the queries.
+        v_BMHd: values, of the dtype of the queries.
+        gates_BNH: gates, of any floating dtype.
+        scale: factor of the logits; None means ``d ** -0.5``.
+
+    Returns:
+        ``[B, N, H, d]`` of the dtype of ``q``.
+
+    Raises:
+        InputError: shapes, dtypes or devices do not fit together.
+        MoefxError: a second derivative was asked for.
+    """
+    factor = q_BNHd.shape[-1] ** -0.5 if scale is None else scale
+    out: Tensor = torch.ops.moefx.head_attention.default(q_BNHd, k_BMHd, v_BMHd, gates_BNH, factor)[0]
+    return out
+
+
+@torch.library.custom_op(
+    "moefx::head_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor gates, float scale) -> (Tensor out, Tensor lse)",
+)
+def head_attention_op(
+    q_BNHd: Tensor, k_BMHd: Tensor, v_BMHd: Tensor, gates_BNH: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend with all heads and gate them, on a device whose emitted kernel is not in use: the same result."""
+    _check(q_BNHd, k_BMHd, v_BMHd, gates_BNH)
+    q, k, v = (t.transpose(1, 2) for t in (q_BNHd, k_BMHd, v_BMHd))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    logits = (q.to(wide) @ k.to(wide).mT) * scale
+    lse_BNH = logits.logsumexp(-1).transpose(1, 2)
+    out_BNHd = F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+    chosen = gates_BNH != 0
+    gated = (out_BNHd.to(wide) * gates_BNH.to(wide).unsqueeze(-1)).masked_fill_(~chosen.unsqueeze(-1), 0)
+    return gated.to(q.dtype).contiguous(), lse_BNH.masked_fill(~chosen, 0).contiguous()
+
+
+@head_attention_op.register_kernel("cpu")
+def _head_attention_cpu(
+    q_BNHd: Tensor, k_BMHd: Tensor, v_BMHd: Tensor, gates_BNH: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    _check(q_BNHd, k_BMHd, v_BMHd, gates_BNH)
+    out = torch.zeros(q_BNHd.shape, dtype=q_BNHd.dtype)
+    lse = torch.zeros(gates_BNH.shape, dtype=torch.promote_types(q_BNHd.dtype, torch.float32))
+    for b, h, chosen in _chosen(gates_BNH):
+        q, k, v, gate = _of_head(q_BNHd, k_BMHd, v_BMHd, gates_BNH, b, h, chosen)
+        logits = (q @ k.mT) * scale
+        lse[b, chosen, h] = logits.logsumexp(-1)
+        out[b, chosen, h] = (gate * (logits.softmax(-1) @ v)).to(out.dtype)
+    return out, lse
+
+
+@head_attention_op.register_fake
+def _head_attention_fake(
+    q_BNHd: Tensor, k_BMHd: Tensor, v_BMHd: Tensor, gates_BNH: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    _check(q_BNHd, k_BMHd, v_BMHd, gates_BNH)
+    wide = torch.promote_types(q_BNHd.dtype, torch.float32)
+    return q_BNHd.new_empty(q_BNHd.shape), q_BNHd.new_empty(gates_BNH.shape, dtype=wide)
+
+
+@torch.library.custom_op(
+    "moefx::head_attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor gates, Tensor out, Tensor lse, float scale)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dgates)",
+)
+def head_attention_backward_op(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients, by dense products, on a device whose emitted kernel is not in use."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    g, q_, k_, v_ = (t.transpose(1, 2).to(wide) for t in (grad, q, k, v))
+    gate = gates.transpose(1, 2).to(wide).unsqueeze(-1)
+    weights = torch.exp((q_ @ k_.mT) * scale - lse.transpose(1, 2).unsqueeze(-1))
+    weights = weights.masked_fill_(gate == 0, 0)
+    dots = g @ v_.mT
+    dgates = (weights * dots).sum(-1, keepdim=True)
+    ds = weights * gate * (dots - dgates) * scale
+    found = (ds @ k_, ds.mT @ q_, weights.mT @ (g * gate))
+    dq, dk, dv = (t.transpose(1, 2).to(q.dtype).contiguous() for t in found)
+    return dq, dk, dv, dgates.squeeze(-1).transpose(1, 2).to(gates.dtype).contiguous()
+
+
+@head_attention_backward_op.register_kernel("cpu")
+def _backward_cpu(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv, dgates = (torch.zeros(t.shape, dtype=t.dtype) for t in (q, k, v, gates))
+    for b, h, chosen in _chosen(gates):
+        q_, k_, v_, gate = _of_head(q, k, v, gates, b, h, chosen)
+        g = grad[b, chosen, h].to(q_.dtype)
+        weights = torch.exp((q_ @ k_.mT) * scale - lse[b, chosen, h].unsqueeze(-1))
+        dots = g @ v_.mT
+        dgate = (weights * dots).sum(-1, keepdim=True)
+        ds = weights * gate * (dots - dgate) * scale
+        dq[b, chosen, h] = (ds @ k_).to(dq.dtype)
+        dk[b, :, h] = (ds.mT @ q_).to(dk.dtype)
+        dv[b, :, h] = (weights.mT @ (g * gate)).to(dv.dtype)
+        dgates[b, chosen, h] = dgate.squeeze(-1).to(dgates.dtype)
+    return dq, dk, dv, dgates
+
+
+@head_attention_backward_op.register_fake
+def _backward_fake(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in (q, k, v, gates))
+
+
+def _chosen(gates_BNH: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield every sample and head with the queries that chose it, if there are any."""
+    for b in range(gates_BNH.shape[0]):
+        for h in range(gates_BNH.shape[2]):
+            chosen = gates_BNH[b, :, h].nonzero().squeeze(-1)
+            if len(chosen):
+                yield b, h, chosen
+
+
+def _of_head(
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, b: int, h: int, chosen: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the chosen queries, all keys and values and the gates of one head, in at least float32."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    gate = gates[b, chosen, h].unsqueeze(-1)
+    return q[b, chosen, h].to(wide), k[b, :, h].to(wide), v[b, :, h].to(wide), gate.to(wide)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, gates, ctx.scale = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, gates, *output)
+
+
+def _gradient(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None, None
+    return (*head_attention_backward_op(grad, *ctx.saved_tensors, ctx.scale), None)
+
+
+def _second_derivative(ctx: Any, *grads: Tensor) -> None:
+    no_double_backward("head_attention")
+
+
+head_attention_op.register_autograd(_gradient, setup_context=_setup_context)
+head_attention_backward_op.register_autograd(_second_derivative)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> None:
+    given = {"q": q, "k": k, "v": v, "gates": gates}
+    if any(t.dim() != 4 for t in (q, k, v)) or gates.dim() != 3:
+        refuse(
+            "moefx.ops.head_attention needs q [B, N, H, d], k and v [B, M, H, d] and gates [B, N, H]",
+            "split heads off the last axis, without transposing",
+            **given,
+        )
+    same = all(not differ(k.shape[i], v.shape[i]) for i in range(4)) and not differ(q.shape[3], k.shape[3])
+    same = same and all(not differ(q.shape[i], gates.shape[i]) for i in range(3))
+    if not same or differ(q.shape[0], k.shape[0]) or differ(q.shape[2], k.shape[2]):
+        refuse("moefx.ops.head_attention needs one key and value head per query head", "repeat shared heads", **given)
+    if not gates.is_floating_point() or not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
+        refuse("moefx.ops.head_attention needs q, k and v of one floating dtype", "convert with .to(dtype)", **given)
+    one_device("head_attention", **given)
