@@ -233,3 +233,16 @@ def test_a_broken_promise_runs_the_routed_model() -> None:
         other = at | {"added_cond_kwargs": extra}
         assert torch.equal(special(**other).sample, model(**other).sample)
     assert special.fallbacks == 1
+
+
+def test_experts_chosen_by_the_noise_level_become_one_network() -> None:
+    model, inputs = denoiser("DiTTransformer2DModel", "mode")
+    special = moefx.specialise(model, WHOLE, inputs)
+    assert not special.left
+    assert any(isinstance(m, RoutedFFN) for m in model.modules())
+    assert not any(isinstance(m, RoutedFFN) for variant in special.variants for m in variant.modules())
+    for time in WHOLE:
+        at = inputs | {"timestep": torch.full_like(inputs["timestep"], time)}
+        with torch.no_grad():
+            torch.testing.assert_close(special(**at).sample, model(**at).sample, rtol=1e-4, atol=1e-5)
+    assert special.fallbacks == 0

@@ -96,6 +96,15 @@ def upcycle(setting: Setting) -> list[Condition]:
             recipe("virtual-groups", router_input="timestep+token", **_EQUAL),
             aux={},
         ),
+        Condition(
+            "copies, timestep router",
+            recipe("virtual-groups", experts=16, top_k=2, granularity=2, router_input="timestep"),
+            aux={},
+        ),
+        Condition(
+            "copies, experts choose tokens",
+            recipe("sparse-upcycling", experts=8, selector="expert-choice", capacity=1.0),
+        ),
     ]
 
 

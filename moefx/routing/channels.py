@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moefx.errors import OptionError
 from moefx.routing.experts import DenseFFN
+from moefx.routing.static import reads_tokens
 from moefx.routing.weights import FFNWeights
 
 
@@ -61,7 +62,7 @@ class ChannelGroups(DenseFFN):
     @property
     def deciding(self) -> tuple[int, ...]:
         """Positions of the taps, if the gate reads nothing else; see `moefx.routing.static`."""
-        tokens = getattr(getattr(self.gate, "router", None), "dim", 1) != 0
+        tokens = reads_tokens(getattr(self.gate, "router", None))
         return () if tokens else tuple(range(1, 1 + len(self.taps)))
 
     @torch.no_grad()

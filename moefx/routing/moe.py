@@ -22,7 +22,7 @@ from moefx.routing.precision import KeepFloat32, at_least_float32
 from moefx.routing.record import RoutingRecord
 from moefx.routing.select import expand_groups
 from moefx.routing.selectors import Selector, TopK
-from moefx.routing.static import Sum, fuse
+from moefx.routing.static import Sum, fuse, reads_tokens
 
 if TYPE_CHECKING:
     from moefx.routing.samples import ModuleExperts
@@ -227,7 +227,7 @@ class RoutedFFN(KeepFloat32):
     @property
     def deciding(self) -> tuple[int, ...]:
         """Positions of the arguments that decide, if no token does; see `moefx.routing.static`."""
-        tokens = getattr(self.router, "dim", 1) != 0 or self.selector.by_expert or self.stateful
+        tokens = reads_tokens(self.router) or self.selector.by_expert or self.stateful
         fused = isinstance(self.experts, Experts)
         return () if tokens or not fused else tuple(range(1, 1 + len(self.taps)))
 

@@ -90,6 +90,7 @@ class LinearRouter(KeepFloat32):
             )
         self.dim, self.num_experts, self.tap_dim = dim, num_experts, tap_dim
         self.taps: tuple[str, ...] = (tap,) if tap_dim else ()
+        self.reads: tuple[str, ...] = (*(("token",) if dim else ()), *self.taps)
         self.embed_timestep, self.timestep_scale = embed_timestep, timestep_scale
         self.keep_in_fp32 = keep_in_fp32
 

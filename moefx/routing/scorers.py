@@ -213,7 +213,7 @@ class TableRouter(KeepFloat32):
         table: start ``[n, N]``; zeros by default.
     """
 
-    taps = ("timestep",)
+    taps = reads = ("timestep",)
 
     def __init__(self, num_experts: int, *, entries: int, steps: float = 1000.0, table: Tensor | None = None) -> None:
         super().__init__()

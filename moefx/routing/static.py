@@ -36,6 +36,11 @@ class Foldable(Protocol):
         """
 
 
+def reads_tokens(router: object) -> bool:
+    """Whether a router scores by the tokens themselves: by its ``reads``, and without them assumed."""
+    return "token" in getattr(router, "reads", ("token",))
+
+
 class FusedWeights(nn.Module):
     """The matrices of K experts beside each other: views of the stacked ones for K = 1, else copies."""
 

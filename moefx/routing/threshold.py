@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moefx.errors import InputError, OptionError
 from moefx.routing.precision import KeepFloat32, at_least_float32
 from moefx.routing.record import RoutingRecord
-from moefx.routing.static import ConstantGates
+from moefx.routing.static import ConstantGates, reads_tokens
 
 
 class ThresholdGate(KeepFloat32):
@@ -94,7 +94,7 @@ class ThresholdGate(KeepFloat32):
     @property
     def deciding(self) -> tuple[int, ...]:
         """Positions of the taps, if the router reads nothing else; see `moefx.routing.static`."""
-        return () if getattr(self.router, "dim", 1) != 0 else tuple(range(1, 1 + len(self.taps)))
+        return () if reads_tokens(self.router) else tuple(range(1, 1 + len(self.taps)))
 
     @torch.no_grad()
     def fold(self, values: tuple[Tensor, ...], shared: dict[Hashable, Any]) -> tuple[Hashable, nn.Module]:

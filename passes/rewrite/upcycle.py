@@ -43,8 +43,8 @@ class UpcycleOptions(RoutingOptions):
 
     @model_validator(mode="after")
     def _untied_top_k(self) -> UpcycleOptions:
-        if self.untie and (self.selector != "top-k" or self.scorer != "linear"):
-            raise ValueError("untie goes with selector = top-k and scorer = linear")
+        if self.untie and (self.selector != "top-k" or self.scorer != "linear" or "token" not in self.reads):
+            raise ValueError("untie goes with selector = top-k, scorer = linear and a router that reads the token")
         return self
 
     @property
