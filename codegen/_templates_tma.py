@@ -32,6 +32,9 @@ def kernel(
 {% endif %}
     map_ptr,  # int32 [3, TILES], see the tile map kernel
     out_ptr,  # {{ dtype }} [R, N]
+{% if keep %}
+    kept_ptr,  # {{ dtype }} [R, {{ halves * n }}], what goes into the epilogue
+{% endif %}
     x_stride,
 {% if descriptor_gather %}
     tokens,
@@ -112,6 +115,14 @@ def kernel(
         z{{ half }} += tl.load({{ bias_bases[half] }}).to(tl.float32)[None, :]
 {% endfor %}
 {% endif %}
+        keep = {{ "(row < row_end)[:, None] & (col < %d)[None, :]" % n if mask_n else "(row < row_end)[:, None]" }}
+{% if keep %}
+        kept = kept_ptr + row.to(tl.int64)[:, None] * {{ halves * n }} + col[None, :]
+{% for half in range(halves) %}
+        product{{ half }} = tl.where(expert < experts, z{{ half }}, 0.0)
+        tl.store(kept{{ " + %d" % (half * n) if half }}, product{{ half }}.to(kept_ptr.dtype.element_ty), mask=keep)
+{% endfor %}
+{% endif %}
 {% if statements %}
         # Epilogue, in float32.
 {% for statement in statements %}
@@ -120,7 +131,6 @@ def kernel(
 {% endif %}
         result = tl.where(expert < experts, {{ result }}, 0.0)
         out = out_ptr + row.to(tl.int64)[:, None] * {{ n }} + col[None, :]
-        keep = {{ "(row < row_end)[:, None] & (col < %d)[None, :]" % n if mask_n else "(row < row_end)[:, None]" }}
         tl.store(out, result.to(out_ptr.dtype.element_ty), mask=keep)
 
 
@@ -131,8 +141,8 @@ def aligned(tensor):
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def launch({{ (["x"] + operand_names + ["tile_map", "out", "upcast"]) | join(", ") }}):
-    """Write ``out`` [R, N]."""
+def launch({{ (["x"] + operand_names + ["tile_map", "out"] + (["kept"] if keep else []) + ["upcast"]) | join(", ") }}):
+    """Write ``out`` [R, N]{{ " and ``kept``" if keep }}."""
     rows, tiles = out.shape[0], tile_map.shape[1]
 {% if permute_columns %}
     permuted = x.new_empty((rows, {{ k }}))
@@ -157,6 +167,9 @@ def launch({{ (["x"] + operand_names + ["tile_map", "out", "upcast"]) | join(", 
 {% endif %}
         tile_map,
         out,
+{% if keep %}
+        kept,
+{% endif %}
         x.stride(0),
 {% if descriptor_gather %}
         x.shape[0],

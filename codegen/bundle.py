@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moefx.codegen import aot
+from moefx.codegen import aot, backward
 from moefx.codegen.aot import Compiled, Job
 from moefx.codegen.disassembly import MATRIX_PREFIXES
 from moefx.codegen.reasons import CannotLower
@@ -23,6 +23,8 @@ from moefx.codegen.spec import CombineSpec, KernelSpec, LinearSpec, RegionSpec
 from moefx.codegen.targets import Target
 
 _SUFFIXES = (".cubin", ".hsaco")
+#: A region, its rows and its experts.
+Use = tuple[RegionSpec, int, int]
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,14 @@ class Built:
 
 
 def build(
-    regions: Iterable[tuple[RegionSpec, int, int]], targets: Sequence[Target], done: Callable[[], Any] = lambda: None
+    regions: Iterable[Use], targets: Sequence[Target], training: bool = False, done: Callable[[], Any] = lambda: None
 ) -> list[Built]:
-    """Compile the kernels of ``(region, rows, experts)`` for every target, each once; ``done`` is called after each."""
-    work = {task.key: task for device in targets for use in regions for task in _tasks(*use, device)}
+    """Compile the kernels of regions for every target, each once; ``done`` is called after each.
+
+    With ``training`` the forward kernels keep what the backward pass reads, and those of the backward pass come with
+    them.
+    """
+    work = {task.key: task for device in targets for use in regions for task in _tasks(*use, device, training)}
 
     def run(task: _Task) -> Built:
         try:
@@ -72,9 +78,9 @@ def build(
         return list(pool.map(run, work.values()))
 
 
-def count(regions: Iterable[tuple[RegionSpec, int, int]], targets: Sequence[Target]) -> int:
+def count(regions: Iterable[Use], targets: Sequence[Target], training: bool = False) -> int:
     """Return how many kernels :func:`build` will compile."""
-    return len({task.key for device in targets for use in regions for task in _tasks(*use, device)})
+    return len({task.key for device in targets for use in regions for task in _tasks(*use, device, training)})
 
 
 @dataclass(frozen=True)
@@ -124,9 +130,11 @@ class _Task:
         return faulty or Built(self.spec.name if self.spec else "tile_map", self.target, pruned=tuple(pruned))
 
 
-def _tasks(region: RegionSpec, rows: int, experts: int, target: Target) -> list[_Task]:
+def _tasks(region: RegionSpec, rows: int, experts: int, target: Target, training: bool) -> list[_Task]:
     load = load_class(rows, experts)
     specs: list[KernelSpec | None] = [None, *region.kernels]
+    if training:
+        specs = [None, *backward.training_region(region).kernels, *backward.kernels(region)]
     return [_Task(spec, target, load, experts, row_tile(load)) for spec in specs]
 
 

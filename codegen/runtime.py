@@ -8,7 +8,6 @@ Shapes: T tokens, k slots, R = T * k routed rows, E experts, K input and N outpu
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -22,7 +21,7 @@ import torch
 from moefx.codegen import store, tune
 from moefx.codegen.emit import emit, emit_tile_map
 from moefx.codegen.reasons import CannotLower
-from moefx.codegen.schedule import Schedule, load_class, ranked, row_tile
+from moefx.codegen.schedule import Schedule, load_class, row_tile
 from moefx.codegen.spec import CombineSpec, LinearSpec, RegionSpec
 from moefx.codegen.targets import Target, target_of
 
@@ -85,16 +84,8 @@ def row_block(target: Target, load: int) -> int:
 def schedules(region: RegionSpec, target: Target, rows: int, experts: int) -> tuple[Schedule, ...]:
     """Return the schedules of a region's projections for a load."""
     load = load_class(rows, experts)
-    return tuple(_schedule(linear, target, load, experts, row_block(target, load)) for linear in region.linears)
-
-
-def _schedule(spec: LinearSpec, target: Target, load: int, experts: int, block_m: int) -> Schedule:
-    """Return the schedule of a projection; one that keeps its products loads by pointers."""
-    plain = dataclasses.replace(spec, keep=False)
-    found = tune.schedule_for(plain, target, load, experts, block_m)
-    if spec.keep and found.variant != "pointer":
-        found = next(s for s in ranked(plain, target, load, experts, block_m) if s.variant == "pointer")
-    return found
+    block_m = row_block(target, load)
+    return tuple(tune.schedule_for(linear, target, load, experts, block_m) for linear in region.linears)
 
 
 def sources(region: RegionSpec, target: Target, rows: int, experts: int) -> dict[str, str]:

@@ -140,11 +140,11 @@ def _by_descriptors(spec: LinearSpec, target: Target, block_m: int) -> Iterator[
         stages = min(target.max_stages, free // stage_bytes(spec, base))
         if stages < 2 or columns < 64 or accumulators > 128 * 256:
             continue
-        wide = is_hopper and (spec.epilogue.is_identity or spec.halves == 2)
+        wide = is_hopper and not spec.keep and (spec.epilogue.is_identity or spec.halves == 2)
         if accumulators <= (128 * 256 if wide else 128 * 128) and (is_hopper or spec.halves == 1):
             divided = replace(base, num_stages=stages, warp_specialize=True, flatten=not is_hopper)
             yield replace(divided, num_warps=4 if is_hopper else 8)
-        if accumulators <= 128 * 128 or spec.epilogue.is_identity or (is_hopper and spec.halves == 2):
+        if accumulators <= 128 * 128 or (spec.epilogue.is_identity and not spec.keep) or wide:
             yield replace(base, num_stages=stages)
 
 
@@ -162,10 +162,13 @@ def _accumulator_limit(spec: LinearSpec, target: Target, columns: int) -> int:
 
     Measured by disassembly: at 128x256 on sm_90 only a plain, unmasked projection stays free of spills (GELU by erf
     there spills 840 B, a masked store 256 B); sm_80 keeps both accumulators and operands in registers; rows that are
-    not a multiple of 16 bytes are loaded in small pieces with an address each; float32 has no wide tensor-core form.
+    not a multiple of 16 bytes are loaded in small pieces with an address each; float32 has no wide tensor-core form;
+    two accumulators of 128x128 that are stored as well spill 88 B.
     """
     if spec.dtype == "float32" or spec.in_features * ITEM_BYTES[spec.dtype] % 16:
         return 64 * 128
+    if spec.keep:
+        return 128 * 128
     plain = spec.epilogue.is_identity and spec.out_features % columns == 0
     wide = plain or (spec.halves == 2 and target.name != "sm_80")
     return 128 * 256 if wide else 128 * 128

@@ -44,8 +44,8 @@ def _entries() -> dict[str, dict[str, Any]]:
 
 
 def lookup(spec: LinearSpec, target: Target, load: int, experts: int, block_m: int) -> dict[str, Any] | None:
-    """Return the fields of the shipped schedule of a shape class, if there is one."""
-    return _entries().get(key(spec, target, load, experts, block_m))
+    """Return the fields of the shipped schedule of a shape class, if there is one; kept products need registers too."""
+    return None if spec.keep else _entries().get(key(spec, target, load, experts, block_m))
 
 
 def standard_specs() -> list[LinearSpec]:

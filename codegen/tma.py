@@ -25,6 +25,7 @@ def emit_tma(spec: LinearSpec, schedule: Schedule) -> str:
         facts=f"K = {k}, N = {n}; {schedule.describe()}.",
         helpers=[_templates.HELPERS[name] for name in spec.epilogue.helpers],
         dtype=spec.dtype,
+        keep=spec.keep,
         item_bytes=ITEM_BYTES[spec.dtype],
         gather=spec.gather,
         top_k=spec.top_k,

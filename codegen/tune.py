@@ -217,9 +217,10 @@ class DeviceTimer:
         kernel = runtime.Projection(self.spec, schedule)
         tiles = runtime.tile_map(self.offsets, self.rows, self.block_m)
         out = torch.full((self.rows, self.spec.out_features), torch.nan, device=self.x.device, dtype=self.x.dtype)
+        kept = out.new_empty((self.rows, self.spec.weight_rows * self.spec.weights)) if self.spec.keep else None
 
         def call() -> torch.Tensor:
-            return kernel(self.x, self.weights, self.biases, self.order, tiles, out)
+            return kernel(self.x, self.weights, self.biases, self.order, tiles, out, kept)
 
         call()
         self._compare(out)

@@ -61,8 +61,11 @@ def check(spec: LinearSpec, schedule: Schedule, act: object, experts_TK: Tensor,
     want[int(offsets[-1]) :] = 0
     tiles = runtime.tile_map(offsets, order.shape[0], schedule.block_m)
     out = x.new_empty((order.shape[0], spec.out_features))
+    kept = x.new_empty((order.shape[0], spec.weight_rows)) if spec.keep else None
     biases = [] if bias is None else [bias]
-    runtime.Projection(spec, schedule)(rows_x, [weight], biases, order if spec.gather else None, tiles, out)
+    runtime.Projection(spec, schedule)(rows_x, [weight], biases, order if spec.gather else None, tiles, out, kept)
+    if kept is not None:
+        assert float((kept.double() - z).norm() / (1e-12 + z.norm())) < TOLERANCE[dtype]
     assert float((out.double() - want).norm() / (1e-12 + want.norm())) < TOLERANCE[dtype]
     assert not bool(out[int(offsets[-1]) :].any()), "dropped rows are zero"
 
@@ -90,10 +93,11 @@ def test_sorted_rows(dtype: str) -> None:
     check(spec, PERMUTED, lambda z: z, CHOICES["dropped"](41, 3, 7), 7)
 
 
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("schedule", [PERMUTED, GATHERED], ids=["permuted", "gathered"])
-def test_gated(schedule: Schedule) -> None:
-    spec = LinearSpec(24, 35, "float16", True, True, 1, trace_pointwise(swiglu, 70))
-    check(spec, schedule, swiglu, CHOICES["uneven"](50, 1, 3), 3)
+def test_gated(schedule: Schedule, keep: bool) -> None:
+    spec = LinearSpec(24, 35, "float16", True, True, 1, trace_pointwise(swiglu, 70), keep=keep)
+    check(spec, schedule, swiglu, CHOICES["dropped"](50, 1, 3), 3)
 
 
 def test_more_tiles_than_one_count_reads() -> None:

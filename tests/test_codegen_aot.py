@@ -79,6 +79,14 @@ def test_rows_of_any_width_compile(width: int) -> None:
     assert found.main.count("HGMMA") > 0
 
 
+@pytest.mark.parametrize("kernel", ["up", "two weights"])
+def test_kernels_that_keep_their_products_do_not_spill(kernel: str) -> None:
+    spec = dataclasses.replace(STANDARD[kernel](), keep=True)
+    found = compile_module(job(spec, choose(spec, target("sm_90"), 1024, 8), target("sm_90")))
+    assert not found.problems(target("sm_90"))
+    assert found.main.count("HGMMA") > 0
+
+
 def test_combine_compiles_with_what_it_starts_before() -> None:
     found = compile_module(job(CombineSpec(1152, 2, "bfloat16"), None, target("sm_90")))
     assert [one.kernel.rpartition(".")[2] == "invert" for one in found.kernels] == [True, False]

@@ -38,6 +38,15 @@ def test_a_model_becomes_a_folder_of_kernels(tmp_path: Path) -> None:
 
 
 @needs_triton
+def test_training_brings_the_backward_kernels(tmp_path: Path) -> None:
+    table = json.loads(run("codegen", DIT, "--training", "--dtype", "float16", "--out", str(tmp_path), "--json").stdout)
+    names = [row["kernel"] for row in table["kernels"]]
+    assert any("keeping" in name for name in names)
+    assert sum("weight_grad" in name for name in names) == 2
+    assert not [row["problems"] for row in table["kernels"] if row["problems"]]
+
+
+@needs_triton
 def test_two_targets_are_two_folders_and_one_text_table(tmp_path: Path) -> None:
     result = run("codegen", DIT, "--target", "sm_80", "--target", "gfx942", "--out", str(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {"sm_80", "gfx942", "resources.json"}

@@ -38,6 +38,9 @@ Load = Annotated[
         "--load", min=1, help="Rows per expert to choose tiles for, not the example's.", rich_help_panel=_KERNELS
     ),
 ]
+Training = Annotated[
+    bool, typer.Option("--training", help="Kernels of the backward pass as well.", rich_help_panel=_KERNELS)
+]
 
 
 def codegen(
@@ -49,6 +52,7 @@ def codegen(
     target: Targets = None,
     dtype: Dtype = None,
     load: Load = None,
+    training: Training = False,
     recipe: o.RecipeName = None,
     option: o.PassOptions = None,
     only: o.Only = None,
@@ -72,7 +76,7 @@ def codegen(
 
         uses = _regions(model, recipe, option, only, skip, seed, config, meta, inputs)
         uses = [use.with_dtype(dtype).with_load(load) for use in uses]
-        built = _build(uses, target or ["sm_90"], quiet)
+        built = _build(uses, target or ["sm_90"], training, quiet)
         try:
             files = bundle.write(built, out)
         except OSError as error:
@@ -102,7 +106,7 @@ def _regions(
     return some_regions_of(opened_graph(graph_of(built, given), request))
 
 
-def _build(uses: list[RegionUse], names: list[str], quiet: bool) -> list[Built]:
+def _build(uses: list[RegionUse], names: list[str], training: bool, quiet: bool) -> list[Built]:
     """Compile for every target, with a progress bar where a person watches."""
     from tqdm import tqdm
 
@@ -111,9 +115,9 @@ def _build(uses: list[RegionUse], names: list[str], quiet: bool) -> list[Built]:
 
     targets = [target_named(name) for name in dict.fromkeys(names)]
     regions = [(use.region, use.rows, use.experts) for use in uses]
-    total = bundle.count(regions, targets)
+    total = bundle.count(regions, targets, training)
     with tqdm(total=total, unit="kernel", file=sys.stderr, disable=True if quiet else None) as bar:
-        return bundle.build(regions, targets, bar.update)
+        return bundle.build(regions, targets, training, bar.update)
 
 
 def _table(built: list[Built]) -> str:

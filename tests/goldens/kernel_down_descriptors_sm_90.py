@@ -78,9 +78,9 @@ def kernel(
         col = tile_n * 128 + tl.arange(0, 128)
         bias = weight_row + tl.arange(0, 128)
         z0 += tl.load(bias_ptr + bias).to(tl.float32)[None, :]
+        keep = (row < row_end)[:, None]
         result = tl.where(expert < experts, z0, 0.0)
         out = out_ptr + row.to(tl.int64)[:, None] * 1152 + col[None, :]
-        keep = (row < row_end)[:, None]
         tl.store(out, result.to(out_ptr.dtype.element_ty), mask=keep)
 
 

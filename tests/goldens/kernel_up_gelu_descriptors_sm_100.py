@@ -87,6 +87,7 @@ def kernel(
         col = tile_n * 128 + tl.arange(0, 128)
         bias = weight_row + tl.arange(0, 128)
         z0 += tl.load(bias_ptr + bias).to(tl.float32)[None, :]
+        keep = (row < row_end)[:, None]
         # Epilogue, in float32.
         v0 = z0 * z0
         v1 = v0 * z0
@@ -100,7 +101,6 @@ def kernel(
         v9 = v5 * v8
         result = tl.where(expert < experts, v9, 0.0)
         out = out_ptr + row.to(tl.int64)[:, None] * 4608 + col[None, :]
-        keep = (row < row_end)[:, None]
         tl.store(out, result.to(out_ptr.dtype.element_ty), mask=keep)
 
 
