@@ -362,11 +362,16 @@ class GuidedTracer:
             known = self._clones[id(module)] = module.__class__.__new__(module.__class__)
             state = dict(module.__dict__)
             state.pop("forward", None)
-            state["_parameters"] = {k: p if p is None else self.example(p) for k, p in module._parameters.items()}
+            state["_parameters"] = {k: p if p is None else self._parameter(p) for k, p in module._parameters.items()}
             state["_buffers"] = {k: b if b is None else self._buffer(b) for k, b in module._buffers.items()}
             state["_modules"] = {k: m if m is None else self.clone(m) for k, m in module._modules.items()}
             known.__dict__.update(state)
         return known
+
+    def _parameter(self, parameter: torch.Tensor) -> torch.Tensor:
+        found = self.example(parameter)
+        found._is_param = True  # isinstance(_, nn.Parameter) asks for it
+        return found
 
     def _buffer(self, buffer: torch.Tensor) -> torch.Tensor:
         return buffer.clone() if self.real else self.example(buffer)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moefx import __version__
 from moefx.errors import UnsafeInputError
+from moefx.passes.analysis.segments import SegmentLayout
 from moefx.passes.analysis.tokens import TokenLayout
 
 SCHEMA = 1
@@ -35,8 +36,8 @@ class SitePlan(_Data):
 
     ``module`` is the module that is replaced as a whole, ``block`` the one whose own forward is rewritten (with the
     children in ``expand`` written out); a site has one or both. ``weights`` identify the site inside the block;
-    ``tokens`` says where the tokens of a whole block are, ``layer`` which of the ``layers`` blocks it is. Counts are
-    per token for compute, in elements for parameters.
+    ``tokens`` says where the tokens of a whole block are, ``segment`` those of several, ``layer`` which of the
+    ``layers`` blocks it is. Counts are per token for compute, in elements for parameters.
     """
 
     name: str
@@ -53,6 +54,7 @@ class SitePlan(_Data):
     weights: tuple[str, ...] = ()
     taps: tuple[TapPlan, ...] = ()
     tokens: TokenLayout | None = None
+    segment: SegmentLayout | None = None
     layer: int = 0
     layers: int = 1
     saved_fraction: float = 0.0

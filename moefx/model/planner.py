@@ -19,12 +19,12 @@ from moefx.model.plan import Cost, PassPlan, Plan, SitePlan, SkippedSite, TapPla
 from moefx.model.realise import find_site
 from moefx.model.select import Patterns, check_patterns, patterns, selected
 from moefx.model.taps import choose_tap
-from moefx.model.whole_block import plan_whole_block
+from moefx.model.whole_block import plan_segment, plan_whole_block
 from moefx.passes.analysis import Facts, analyse
 from moefx.passes.analysis.local import weight_names
 from moefx.passes.analysis.site import Site
 from moefx.passes.analysis.tokens import NotByToken
-from moefx.passes.rewrite.base import BlockPass, Pass
+from moefx.passes.rewrite.base import BlockPass, Pass, SegmentPass
 
 
 class Skip(Exception):
@@ -137,6 +137,8 @@ def _plan_site(graph: Graph, facts: Facts, rule: Pass, site: Site) -> SitePlan:
 
 def _where(graph: Graph, facts: Facts, rule: Pass, site: Site, call: ModuleCall | None) -> dict[str, Any]:
     """Return the fields of a site's plan that say where it is realised."""
+    if isinstance(rule, SegmentPass):
+        return {"tier": "block", "module": None, **_plan_segment(graph, facts, rule, site)}
     if site.kind == "block":
         return {"tier": "block", "module": None, **_plan_whole_block(facts, rule, site, call)}
     if not (site.region_is_module and site.kind == "ffn"):
@@ -199,6 +201,20 @@ def _plan_whole_block(facts: Facts, rule: Pass, site: Site, call: ModuleCall | N
     if refusal:
         raise Skip(refusal)
     return {**where, "layer": site.operands["layer"], "layers": site.operands["layers"]}
+
+
+def _plan_segment(graph: Graph, facts: Facts, rule: SegmentPass, site: Site) -> dict[str, Any]:
+    """Find the module that owns the segment's blocks, and what follows their tokens there."""
+    layers = int(site.operands["layers"])
+    wanted = next(s for s in rule.segments(layers) if site.operands["layer"] in s)
+    try:
+        where = plan_segment(facts, wanted, _root_inputs(graph), rule.taps, by_token=rule.by_token)
+    except NotByToken as reason:
+        raise Skip(str(reason)) from None
+    refusal = rule.layout_refusal(where["segment"])
+    if refusal:
+        raise Skip(refusal)
+    return {**where, "layer": wanted.start, "layers": layers}
 
 
 def _root_inputs(graph: Graph) -> dict[str, Any]:

@@ -21,13 +21,23 @@ from moefx.graph.splice import Splice
 from moefx.graph.verify import verify_graph
 from moefx.model.forward import has_own_forward, make_forward
 from moefx.model.install import Change
-from moefx.model.local import JSON, empty_dicts, encode, local_graph
+from moefx.model.local import JSON, empty_dicts, encode, local_graph, output_flag
 from moefx.model.plan import Plan, SitePlan
 from moefx.passes.analysis.local import local_sites, weight_names
 from moefx.passes.analysis.site import Site
 from moefx.passes.analysis.tokens import Branch
 from moefx.passes.calibration import Calibration
-from moefx.passes.rewrite.base import BlockContext, BlockPass, Context, Edit, Pass, SitePass, get_pass
+from moefx.passes.rewrite.base import (
+    BlockContext,
+    BlockPass,
+    Context,
+    Edit,
+    Pass,
+    SegmentContext,
+    SegmentPass,
+    SitePass,
+    get_pass,
+)
 
 
 @dataclass(frozen=True)
@@ -132,7 +142,7 @@ def _rewrite_block(
     assert inputs is not None
     expand = {path for plan in plans for path in plan.expand}
     graph = local_graph(module, inputs, "children", expand)
-    empty = empty_dicts(module, inputs, graph, expand)
+    empty, flag = empty_dicts(module, inputs, graph, expand), output_flag(module, inputs, graph, expand)
     before, read = _targets(graph, "call_module"), _targets(graph, "get_attr")
     children: dict[str, nn.Module | None] = {}
     made: list[Realised] = []
@@ -143,6 +153,8 @@ def _rewrite_block(
         with future_children(module, children):
             if isinstance(rule, BlockPass):
                 realised, edit = _whole_block(model, graph, plan, rule, seed, common)
+            elif isinstance(rule, SegmentPass):
+                realised, edit = _segment(graph, plan, rule, taps, seed)
             else:
                 assert isinstance(rule, SitePass)
                 rewrite = _inline_site if plan.module is None else _tapped_child
@@ -155,7 +167,7 @@ def _rewrite_block(
     unused = tuple(sorted(t for t in read - _targets(graph, "get_attr") if t in parameters))
     with future_children(module, children):
         verify_graph(graph, f"rewriting {path!r}")
-    return [Change(path, children, make_forward(graph, empty), unused), *_nested(path, gone)], made
+    return [Change(path, children, make_forward(graph, empty, flag), unused), *_nested(path, gone)], made
 
 
 def _nested(path: str, gone: list[str]) -> list[Change]:
@@ -193,6 +205,15 @@ def _whole_block(
         common=common.setdefault(rule.name, {}),
     )
     edit = rule.edit(context)
+    return Realised(plan, rule, None, None, edit.routed), edit
+
+
+def _segment(
+    graph: Graph, plan: SitePlan, rule: SegmentPass, taps: dict[str, Node], seed: int
+) -> tuple[Realised, Edit]:
+    """Let the rule route several blocks in the forward of the module that owns them."""
+    assert plan.segment is not None
+    edit = rule.edit(SegmentContext(graph=graph, name=plan.name, layout=plan.segment, taps=taps, seed=seed))
     return Realised(plan, rule, None, None, edit.routed), edit
 
 

@@ -1,11 +1,13 @@
-"""Planning a rewrite of a whole block: which of its arguments follow its tokens, seen on the block captured alone."""
+"""Planning rewrites of whole blocks and of segments of them: which of their arguments follow their tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
@@ -13,11 +15,15 @@ from moefx.errors import CaptureError
 from moefx.graph import Graph, ModuleCall
 from moefx.model.forward import make_forward
 from moefx.model.local import JSON, call_inputs, encode, local_graph
+from moefx.model.plan import TapPlan
+from moefx.model.taps import choose_tap
 from moefx.passes.analysis import Facts
 from moefx.passes.analysis.blocks import structure
+from moefx.passes.analysis.segments import SegmentLayout, segment_layout
 from moefx.passes.analysis.site import Site
 from moefx.passes.analysis.tokens import (
     MORE,
+    Follow,
     NeedsInside,
     NotByToken,
     TokenLayout,
@@ -25,6 +31,7 @@ from moefx.passes.analysis.tokens import (
     token_axes,
     token_layout,
 )
+from moefx.routing.tokens import Joint
 
 _MOST_EXPANSIONS = 4
 
@@ -57,6 +64,78 @@ def plan_whole_block(facts: Facts, site: Site, call: ModuleCall | None) -> dict[
         make_forward(local_graph(graph.root.get_submodule(site.path), inputs, "children", known[key][1]))
     layout, expand = known[key]
     return {"block": site.path, "block_inputs": inputs, "tokens": layout, "expand": expand}
+
+
+def plan_segment(
+    facts: Facts, wanted: range, root_inputs: JSON, taps: Sequence[str], *, by_token: bool
+) -> dict[str, Any]:
+    """Return the fields of a segment's plan: the module that owns its blocks, and where their tokens are in its graph.
+
+    Taps that the owner does not see are left out.
+
+    Raises:
+        NotByToken: the blocks cannot be routed together.
+        CaptureError, PlanError: their owner cannot be rewritten faithfully.
+    """
+    sites = [s for s in facts.sites if s.kind == "block" and s.role == "main" and not s.dead]
+    sites = sorted((s for s in sites if s.operands["layer"] in wanted), key=lambda s: int(s.operands["layer"]))
+    owner = _owner(facts.graph.root, [s.path for s in sites])
+    calls = [c for c in facts.graph.calls if c.path == owner] if owner else []
+    if owner and len(calls) != 1:
+        raise NotByToken(f"{owner!r} is called {len(calls)} times in one forward")
+    inputs = call_inputs(calls[0]) if owner else root_inputs
+    local = local_graph(facts.graph.root.get_submodule(owner), inputs, "children")
+    make_forward(local)
+    blocks = []
+    for site in sites:
+        call = next(c for c in facts.graph.calls if c.path == site.path and c.index == site.call_index)
+        path = site.path.removeprefix(f"{owner}." if owner else "")
+        blocks.append((path, site, call, _followers(facts, site, call) if by_token else {}))
+    layout = segment_layout(local, blocks)
+    found = [_tap(name, facts, calls[0] if owner else None, local, layout) for name in taps]
+    return {
+        "block": owner,
+        "block_inputs": inputs,
+        "segment": layout,
+        "taps": tuple(tap for tap in found if tap is not None),
+    }
+
+
+def _owner(root: nn.Module, paths: Sequence[str]) -> str:
+    """Return the smallest module around all ``paths`` that has a forward of its own."""
+    parents = [path.split(".")[:-1] for path in paths]
+    shared = [parts[0] for parts in itertools.takewhile(lambda p: len(set(p)) == 1, zip(*parents, strict=False))]
+    while shared and isinstance(root.get_submodule(".".join(shared)), nn.ModuleList | nn.ModuleDict | nn.Sequential):
+        shared.pop()
+    return ".".join(shared)
+
+
+def _followers(facts: Facts, site: Site, call: ModuleCall) -> dict[Node, Follow]:
+    """Return the arguments of a block that follow its tokens."""
+    layout: TokenLayout = plan_whole_block(facts, site, call)["tokens"]
+    joint: Joint = next((f.joint for f in layout.follows if f.joint), "")
+    total = site.shapes["x"][1]
+    found = {}
+    for leaf, axes in _Block(facts, site, call, call_inputs(call)).axes.items():
+        value = leaf.meta["val"]
+        back = tuple(axis - value.ndim for axis in axes)
+        longer = any(value.shape[axis] != total for axis in axes)
+        found[leaf] = Follow(leaf.name, "", back, value.ndim, joint if longer else "")
+    return found
+
+
+def _tap(name: str, facts: Facts, call: ModuleCall | None, local: Graph, layout: SegmentLayout) -> TapPlan | None:
+    """Return the plan of a tap if its value is there before the segment begins."""
+    node = choose_tap(name, facts, call, local)
+    if node is None:
+        return None
+    for earlier in local.fx.nodes:
+        if earlier is node:
+            value = node.meta["val"]
+            return TapPlan(name=name, node=node.name, rank=value.ndim, width=value.shape[-1])
+        if earlier.name == layout.members[0].call:
+            break
+    return None
 
 
 class _Block:

@@ -31,9 +31,9 @@ RECIPE = register_recipe(
             losses="cross-entropy with the selection 0.01",
             start="approximate",
         ),
-        notes="The router reads the stream as it enters the block. Layers 0, 1, 2 and the last stay dense, the released "
-        "default; choosing them by the rank of attention maps is left to only= and skip=. Text tokens of a "
-        "joint block always stay. Positions stay the original ones. The loss is a mean over layers (the paper's is a sum). "
-        "Selection is the same in training and inference; the released threshold at inference is not reproduced.",
+        notes="The router reads the stream as it enters the block. Layers 0, 1, 2 and the last stay dense, as "
+        "in the released default; choosing them by the rank of attention maps is left to only= and skip=. Text tokens of a "
+        "joint block always stay. Positions stay the original ones. The loss is a mean over layers (the paper's is a "
+        "sum). Selection is the same in training and inference; the released threshold is not reproduced.",
     )
 )

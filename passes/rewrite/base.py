@@ -19,6 +19,7 @@ from torch.fx import Node
 
 from moefx.errors import OptionError, nearest
 from moefx.graph import Graph
+from moefx.passes.analysis.segments import SegmentLayout
 from moefx.passes.analysis.site import Kind, Site
 from moefx.passes.analysis.tokens import Branch, TokenLayout
 
@@ -212,6 +213,57 @@ class BlockPass(Pass):
 
     @abstractmethod
     def edit(self, context: BlockContext) -> Edit:
+        """Change ``context.graph``, never its root, and return the children that it now needs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentContext:
+    """What a pass over several blocks may read: the graph of the module that owns them, and where they are in it."""
+
+    graph: Graph
+    name: str
+    layout: SegmentLayout
+    taps: Mapping[str, Node]
+    seed: int
+
+    def node(self, name: str) -> Node:
+        """Return the node of the graph that is called ``name``."""
+        found: Node = next(node for node in self.graph.fx.nodes if node.name == name)
+        return found
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Return a generator that depends on the seed, the segment's name and ``purpose`` only."""
+        return _generator(self.seed, self.name, purpose)
+
+
+class SegmentPass(Pass):
+    """A pass that acts on several consecutive blocks; its site is the first of them.
+
+    ``by_token`` says that the blocks are run on other tokens than they are called with, so that they must be able to.
+    """
+
+    by_token: ClassVar[bool] = True
+
+    @abstractmethod
+    def segments(self, layers: int) -> list[range]:
+        """Return the blocks of each segment, of a model with so many."""
+
+    def refusal(self, site: Site) -> str:
+        """Return why no segment begins with this block."""
+        layer, layers = int(site.operands["layer"]), int(site.operands["layers"])
+        if site.dead or not site.region_is_module or site.role != "main":
+            return "it is not one of the model's main blocks"
+        found = next((s for s in self.segments(layers) if layer in s), None)
+        if found is None:
+            return f"block {layer} of {layers} belongs to no segment"
+        return "" if found.start == layer else f"the segment of blocks {found.start} to {found.stop - 1} contains it"
+
+    def layout_refusal(self, layout: SegmentLayout) -> str:
+        """Return why a segment with this layout cannot be rewritten; ``""`` if it can."""
+        return ""
+
+    @abstractmethod
+    def edit(self, context: SegmentContext) -> Edit:
         """Change ``context.graph``, never its root, and return the children that it now needs."""
 
 

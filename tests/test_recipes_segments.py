@@ -1,0 +1,166 @@
+"""Recipes over several blocks, against plain implementations on the dense blocks."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from examples.dit import DiT
+from examples.randomise import randomise_zeros
+from moefx import aux_loss
+from moefx.api import plan, transform, untransform
+from moefx.errors import NothingMatched, OptionError
+
+Inputs = tuple[Tensor, ...]
+
+
+def _dit(depth: int = 6) -> tuple[DiT, Inputs]:
+    model = randomise_zeros(DiT(depth=depth, width=32)).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 1, 8, 8, generator=generator).double()
+    return model, (x, torch.tensor([0.2, 0.9, 0.5]).double(), torch.tensor([3, 7, 1]))
+
+
+def _dense(model: DiT, inputs: Inputs, blocks: Any) -> Tensor:
+    """Return the model's output with ``blocks(x, c)`` in the place of its blocks."""
+    x, t, y = inputs
+    c = model.t_embedder(t) + model.y_embedder(y)
+    return model.unpatchify(model.final_layer(blocks(model.x_embedder(x) + model.pos_embed, c), c))
+
+
+def test_tread_is_the_dense_model_at_inference() -> None:
+    model, inputs = _dit()
+    wanted = model(*inputs)
+    transform(model, inputs, recipe="tread")
+    assert torch.equal(model(*inputs), wanted)
+    untransform(model)
+    assert torch.equal(model(*inputs), wanted)
+
+
+def test_tread_drops_and_reinserts_tokens_in_training() -> None:
+    model, inputs = _dit()
+    transform(model, inputs, recipe="tread", start=0.2, end=0.7, capacity=0.25, verify=False)
+    model.train()
+    model.y_embedder.eval()
+    blocks = list(model.blocks)
+
+    def plain(x: Tensor, c: Tensor) -> Tensor:
+        x = blocks[0](x, c)
+        index = model.token_drop(x)
+        assert index.shape == (3, 4)
+        assert (index.diff(dim=1) > 0).all()
+        out = x.clone()
+        for b in range(3):
+            part = x[b : b + 1, index[b]]
+            for block in blocks[1:4]:
+                part = block(part, c[b : b + 1])
+            out[b, index[b]] = part[0]
+        return blocks[5](blocks[4](out, c), c)
+
+    torch.manual_seed(1)
+    wanted = _dense(model, inputs, plain)
+    torch.manual_seed(1)
+    found = model(*inputs)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    (ours,) = torch.autograd.grad(found.square().sum(), [blocks[2].mlp.fc1.weight])
+    torch.manual_seed(1)
+    (theirs,) = torch.autograd.grad(_dense(model, inputs, plain).square().sum(), [blocks[2].mlp.fc1.weight])
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_sparsedit_runs_the_middle_on_pooled_tokens() -> None:
+    model, inputs = _dit()
+    transform(model, inputs, recipe="sparsedit", side=2, dense_first=1, dense_last=1, max_error=10.0)
+    sparse, blocks = model.sparse_tokens, list(model.blocks)
+
+    def plain(x: Tensor, c: Tensor) -> Tensor:
+        x = blocks[0](x, c)
+        grid = x.reshape(3, 4, 4, 32)
+        s = torch.stack([grid[:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean((1, 2)) for i in (0, 1) for j in (0, 1)], 1)
+        for block in blocks[1:5]:
+            s = block(s, c)
+        up = s.reshape(3, 2, 2, 32).repeat_interleave(2, 1).repeat_interleave(2, 2).reshape(3, 16, 32)
+        x = up @ sparse.from_sparse.weight.T + sparse.from_sparse.bias + x @ sparse.from_full.weight.T
+        return blocks[5](x, c)
+
+    start = _dense(model, inputs, lambda x, c: blocks[5](blocks[0](x, c), c))
+    torch.testing.assert_close(model(*inputs), start, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        for parameter in sparse.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    torch.testing.assert_close(model(*inputs), _dense(model, inputs, plain), rtol=1e-10, atol=1e-10)
+    model(*inputs).square().sum().backward()
+    assert blocks[2].mlp.fc1.weight.grad.abs().sum() > 0
+
+
+def test_sparsedit_needs_a_grid() -> None:
+    model, inputs = _dit()
+    with pytest.raises(NothingMatched, match="square grid"):
+        plan(model, inputs, recipe="sparsedit", side=5, dense_first=1, dense_last=1)
+
+
+def test_mixture_of_blocks_runs_adjacent_blocks_per_sample() -> None:
+    model, inputs = _dit()
+    transform(model, inputs, recipe="mixture-of-blocks", router_std=1.0, max_error=10.0)
+    blocks, routers = list(model.blocks), [m for n, m in model.named_children() if n.startswith("block_choice")]
+    assert len(routers) == 2
+
+    def gates(router: Any, x: Tensor, c: Tensor) -> tuple[list[int], Tensor]:
+        scores = 0.5 * F.linear(x.mean(1), router.weight.double())
+        scores = scores + 0.5 * F.linear(c, router.condition_weight.double())
+        return scores.argmax(-1).tolist(), scores.softmax(-1)
+
+    chosen: list[int] = []
+
+    def plain(x: Tensor, c: Tensor) -> Tensor:
+        for group, router in enumerate(routers):
+            starts, p = gates(router, x, c)
+            chosen.extend(starts)
+            contains = [p[:, 0], p[:, 0] + p[:, 1], p[:, 1]]
+            for j in range(3):
+                hard = torch.tensor([float(s <= j < s + 2) for s in starts]).double()
+                g = (hard + contains[j] - contains[j].detach()).reshape(3, 1, 1)
+                x = x + g * (blocks[3 * group + j](x, c) - x)
+        return x
+
+    found, wanted = model(*inputs), _dense(model, inputs, plain)
+    assert len(set(chosen)) == 2, "both windows are seen"
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    weights = [routers[0].weight, routers[1].condition_weight, blocks[0].mlp.fc1.weight]
+    ours = torch.autograd.grad(found.square().sum(), weights)
+    theirs = torch.autograd.grad(wanted.square().sum(), weights)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert ours[0].abs().sum() > 0
+    torch.testing.assert_close(model(*(v[:1] for v in inputs)), found[:1], rtol=1e-10, atol=1e-10)
+    assert aux_loss(model).requires_grad
+
+
+def test_all_blocks_of_a_group_are_the_dense_model() -> None:
+    model, inputs = _dit()
+    wanted = model(*inputs)
+    transform(model, inputs, recipe="mixture-of-blocks", active=3)
+    assert torch.equal(model(*inputs), wanted)
+
+
+@pytest.mark.parametrize("recipe", ["tread", "mixture-of-blocks"])
+def test_compiles_whole_for_two_batch_sizes(recipe: str) -> None:
+    torch._dynamo.reset()
+    model, inputs = _dit(3)
+    transform(model, inputs, recipe=recipe, verify=False)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    for batch in (3, 2):
+        part = tuple(v[:batch] for v in inputs)
+        torch.testing.assert_close(compiled(*part), model(*part))
+
+
+def test_impossible_segments_are_refused() -> None:
+    model, inputs = _dit(3)
+    with pytest.raises(OptionError, match="not before"):
+        plan(model, inputs, recipe="tread", start=0.7, end=0.5)
+    with pytest.raises(OptionError, match="of only"):
+        plan(model, inputs, recipe="mixture-of-blocks", group=2, active=3)
+    with pytest.raises(NothingMatched, match="no segment"):
+        plan(model, inputs, recipe="mixture-of-blocks", group=5)
