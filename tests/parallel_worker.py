@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,6 +60,82 @@ def copies_by_share() -> Numbers:
 
 def copies_local_first() -> Numbers:
     return compare(Net(torch.float64, gated=True), with_copies(local_first=True), [9, 14], torch.float64)
+
+
+def chunks_overlap() -> Numbers:
+    """Three parts of the tokens of which one rank has fewer than three, with copies, and with gates."""
+    plain = compare(Net(torch.float64), placement(*HOMES), [17, 2], torch.float64, chunks=3)
+    gated = compare(Net(torch.float64, gated=True), with_copies(local_first=False), [9, 14], torch.float64, chunks=2)
+    empty = compare(Net(torch.float64), placement((0,) * 6, (1,) * 6), [5, 0], torch.float64, chunks=2)
+    return {key: max(plain[key], gated[key], empty[key]) for key in plain}
+
+
+def once_per_rank() -> Numbers:
+    """The same sums, with dropped slots, copies, gates, an empty rank and no tokens."""
+    plain = compare(Net(torch.float64), placement(*HOMES), [17, 6], torch.float64, once=True)
+    gated = compare(Net(torch.float64, gated=True), with_copies(local_first=True), [9, 14], torch.float64, once=True)
+    empty = compare(Net(torch.float64), placement((0,) * 6, (1,) * 6), [5, 0], torch.float64, once=True)
+    found = {key: max(plain[key], gated[key], empty[key]) for key in plain}
+    model = Net(torch.float64)
+    x, gates = shards([8, 8], torch.float64)[dist.get_rank()][0], torch.full((8, 2), 0.5, dtype=torch.float64)
+    ids = torch.tensor([[0, -1], [6, 3], [5, 1], [-1, -1], [2, 4], [0, 1], [99, 5], [3, 2]])
+    wanted = model.ffns[0].experts(x, ids, gates)
+    for options in ({"once": True}, {"chunks": 3}):
+        parallel = parallelize(Net(torch.float64), None, placement(*HOMES), **options)
+        found[f"dropped {options}"] = error(parallel.ffns[0].experts(x, ids, gates), wanted)
+    return found
+
+
+def once_saves_bytes() -> Numbers:
+    """Rows sent once are those of the pairs of token and rank, counted from the choices."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    whole, x = Net(torch.float64), shards([40, 40], torch.float64)[rank]
+    chosen: list[np.ndarray] = []
+    for ffn in whole.ffns:
+        ffn.experts.register_forward_pre_hook(lambda _, args: chosen.append(args[1].numpy().copy()))
+    sent: dict[bool, np.ndarray] = {}
+    for once in (False, True):
+        model = parallelize(Net(torch.float64), None, placement(*HOMES), once=once)
+        with torch.no_grad(), count_wire_bytes(ranks) as sent[once]:
+            model(x)
+    with torch.no_grad():
+        whole(x)
+    pairs, rows = (np.zeros(ranks, dtype=np.int64) for _ in range(2))
+    for ids, home in zip(chosen, HOMES, strict=True):
+        rows += np.bincount(np.array(home)[ids.reshape(-1)], minlength=ranks)
+        for g in range(ranks):
+            pairs[g] += (np.array(home)[ids] == g).any(axis=1).sum()
+    gathered = [torch.zeros(ranks, dtype=torch.int64) for _ in range(ranks)]
+    dist.all_gather(gathered, torch.from_numpy(pairs))
+    everyone = np.stack([g.numpy() for g in gathered])
+    there, back = pairs * (WIDTH * 8 + TOP_K * (4 + 8)), everyone[:, rank] * WIDTH * 8
+    predicted = there + back + 8 * len(HOMES)
+    other = 1 - rank
+    return {
+        "difference": float(abs(int(predicted[other]) - int(sent[True][other]))),
+        "not fewer": float(pairs[other] >= rows[other]),
+    }
+
+
+def random_schedules_end() -> Numbers:
+    """Fifty random mixes of layouts, loads, chunks and switches: none hangs, none differs."""
+    draws, worst = np.random.default_rng(0), 0.0
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    whole = Net(torch.float64)
+    modes: tuple[dict[str, Any], ...] = ({}, {"chunks": 2}, {"chunks": 5}, {"once": True})
+    models = [parallelize(Net(torch.float64), None, placement(*HOMES), verify=False, **mode) for mode in modes]
+    for _ in range(50):
+        model = models[int(draws.integers(len(models)))]
+        homes = draws.integers(0, ranks, (2, EXPERTS)).tolist()
+        switch(model, placement(*map(tuple, homes)))
+        tokens = draws.integers(0, 9, ranks).tolist()
+        x = shards(tokens, torch.float64)[rank].requires_grad_()
+        out = model(x)
+        worst = max(worst, error(out, whole(x)))
+        if draws.random() < 0.5:
+            out.sum().backward()
+            model.zero_grad(set_to_none=True)
+    return {"output": worst}
 
 
 def copies_follow_training_and_loading() -> Numbers:
@@ -342,6 +419,10 @@ GROUPS: dict[str, list[Callable[[], Numbers]] | Callable[[Path], Numbers]] = {
         copies_by_share,
         copies_local_first,
         copies_follow_training_and_loading,
+        chunks_overlap,
+        once_per_rank,
+        once_saves_bytes,
+        random_schedules_end,
         bytes_on_the_wire,
         windows_switch_without_losing_optimizer_state,
         switch_refusals,

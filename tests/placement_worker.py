@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -83,6 +84,7 @@ def compare(
     *,
     ddp: bool = False,
     mesh: DeviceMesh | None = None,
+    **options: Any,
 ) -> Numbers:
     """Return the worst relative error of output, input gradient and parameter gradients against one process."""
     whole, parts, rank = copy.deepcopy(model), shards(tokens, dtype), dist.get_rank()
@@ -91,7 +93,7 @@ def compare(
     loss = sum(((out**2).sum() for out in outputs), torch.zeros((), dtype=dtype)) / len(outputs)
     loss.backward()
 
-    parallel = parallelize(model, mesh, where)
+    parallel = parallelize(model, mesh, where, **options)
     runner = DistributedDataParallel(parallel) if ddp else parallel
     mine = inputs[rank].detach().clone().requires_grad_()
     out = runner(mine)

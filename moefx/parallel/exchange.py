@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import _functional_collectives as fc
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from moefx import ops
 from moefx.errors import MoefxError
@@ -84,25 +85,102 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
     return out
 
 
+class Flight:
+    """An exchange that goes on while other work is done; its gradient travels the same way back.
+
+    Args:
+        rows_RD: rows in the order of their receivers; must not change before :meth:`finish`.
+        sent: rows for each rank ``[G]``.
+        received: rows from each rank ``[G]``.
+        group: the ranks.
+    """
+
+    def __init__(self, rows_RD: Tensor, sent: Splits, received: Splits, group: Any) -> None:
+        self.sent, self.received, self.group = sent, received, group
+        self.works: list[Any] = []
+        self.returned: Tensor | None = None
+        self._arriving: Tensor = _Start.apply(rows_RD, self)  # type: ignore[no-untyped-call]
+
+    def finish(self) -> Tensor:
+        """Wait, and return what arrived, by sender."""
+        out: Tensor = _Finish.apply(self._arriving, self)  # type: ignore[no-untyped-call]
+        return out
+
+    def launch(self, rows: Tensor, sent: Splits, received: Splits) -> Tensor:
+        """Begin to send rows and return the memory in which others arrive."""
+        _count(rows, sent)
+        rows = rows.contiguous()
+        arriving = rows.new_empty((sum(received), *rows.shape[1:]))
+        group = _resolve_process_group(cast(Any, self.group)) if isinstance(self.group, str) else self.group
+        with _loss_of_rank(len(sent)):
+            work = dist.all_to_all_single(arriving, rows, received, sent, group=group, async_op=True)
+        self.works.append((work, rows))  # what is sent must stay until the wait
+        return arriving
+
+    def wait(self) -> None:
+        """Wait for the exchange launched first of those not waited for."""
+        work, rows = self.works.pop(0)
+        with _loss_of_rank(len(self.sent)):
+            work.wait()
+        del rows
+
+
 def _all_to_all(rows: Tensor, sent: Splits, received: Splits, group: Any) -> Tensor:
-    if _counters and not torch.compiler.is_compiling():
-        row_bytes = rows.element_size() * (rows.shape[1:].numel() if rows.ndim > 1 else 1)
-        for counter in _counters:
-            counter += np.array(sent, dtype=np.int64) * row_bytes
     if torch.compiler.is_compiling():
         return _wait(fc.all_to_all_single(rows.contiguous(), received, sent, group))
-    try:
+    _count(rows, sent)
+    with _loss_of_rank(len(sent)):
         return _wait(fc.all_to_all_single(rows.contiguous(), received, sent, group))
-    except (RuntimeError, dist.DistBackendError) as error:
+
+
+@contextmanager
+def _loss_of_rank(ranks: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # the base of all that torch.distributed raises when a peer is gone
         raise LostRankError(
-            f"exchange rows among {len(sent)} processes",
+            f"exchange rows among {ranks} processes",
             found=f"{type(error).__name__}: {str(error).splitlines()[0]}",
             do="another process ended or is stuck: see its output, and resume from the last complete checkpoint",
         ) from error
 
 
+def _count(rows: Tensor, sent: Splits) -> None:
+    row_bytes = rows.element_size() * (rows.shape[1:].numel() if rows.ndim > 1 else 1)
+    for counter in _counters:
+        counter += np.array(sent, dtype=np.int64) * row_bytes
+
+
 def _wait(out: Tensor) -> Tensor:
     return out.wait() if isinstance(out, fc.AsyncCollectiveTensor) else out
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, flight: Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.launch(rows_RD, flight.sent, flight.received)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, None]:
+        ctx.flight.wait()
+        return ctx.flight.returned, None
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, arriving: Tensor, flight: Flight) -> Tensor:
+        ctx.flight = flight
+        flight.wait()
+        return arriving.view_as(arriving)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # What is returned only says that this is done: the gradient itself is on its way.
+        ctx.flight.returned = ctx.flight.launch(grad, ctx.flight.received, ctx.flight.sent)
+        return grad, None
 
 
 class _Exchange(torch.autograd.Function):

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_true
 
 from moefx import ops
+from moefx.parallel.dispatch import send_in_chunks, send_once
 from moefx.parallel.exchange import exchange, exchange_counts, scale_gradient, sorted_rows
 from moefx.parallel.roster import Roster
 from moefx.routing.experts import Experts
@@ -29,6 +30,10 @@ class ParallelExperts(Experts):
     have if it held all ranks' tokens), exchanged back, and summed in slot order at home: a rerun gives the same bits.
     Each call makes three collectives, its backward pass two, on every rank, however few tokens it has.
 
+    With r chunks the tokens go in r parts, so that rows of one part travel while experts work on another; every part
+    costs two more collectives. With ``once`` a token that chose several experts of one rank is sent there once, with
+    its gates, and what comes back is their sum: fewer bytes, and sums in another order.
+
     Copies of an expert are sent its weights in every call that computes gradients, and send the gradients of these
     back; so they train as one. Without gradients they keep them until the next training step, load or change of mode.
 
@@ -40,6 +45,8 @@ class ParallelExperts(Experts):
         roster: who holds what.
         rank: this one.
         group: name of the process group of the G ranks.
+        chunks: r.
+        once: send a token to each rank at most once.
 
     Attributes:
         num_experts: E; ``w_in`` and the other stacked parameters hold those of ``local_experts`` only, in that order.
@@ -51,13 +58,16 @@ class ParallelExperts(Experts):
     # Experts that choose their tokens would see those of this rank alone: their choice goes by tokens.
     by_expert = None  # type: ignore[assignment]
 
-    def __init__(self, experts: Experts, roster: Roster, rank: int, group: str) -> None:
+    def __init__(
+        self, experts: Experts, roster: Roster, rank: int, group: str, *, chunks: int = 1, once: bool = False
+    ) -> None:
         super().__init__(_take(experts.weights(), roster.homes[rank]), experts.act)
         self.b_out = experts.b_out
         for name, parameter in experts.named_parameters(recurse=False):
             self.get_parameter(name).requires_grad_(parameter.requires_grad)
         self.num_experts = experts.num_experts
         self.rank, self.group, self.roster = rank, group, roster
+        self.chunks, self.once = chunks, once
         self._copied: FFNWeights | None = None
         self._register_tables(experts.w_in.device)
         self.train(experts.training)
@@ -81,6 +91,10 @@ class ParallelExperts(Experts):
         """Return the weighted sum of the chosen experts, wherever they are; see :meth:`Experts.forward`."""
         if self.slot_bounds.device != x_TD.device:
             self._register_tables(x_TD.device)
+        if self.once:
+            return self._with_bias(send_once(self, x_TD, self._slots(experts_TK), gates_TK))
+        if self.chunks > 1:
+            return self._with_bias(send_in_chunks(self, x_TD, self._slots(experts_TK), gates_TK))
         per_rank = self.roster.slots_per_rank
         order_R, offsets = ops.group(self._slots(experts_TK), sum(per_rank))
         arrivals = exchange_counts(offsets.diff(), per_rank, self.rank, self.group)
@@ -91,11 +105,13 @@ class ParallelExperts(Experts):
         dropped = order_R.shape[0] - sum(sent)
         kept_RD, _ = torch.split(rows_RD, [sum(sent), dropped])
         arrived_AD = exchange(kept_RD, sent, received, self.group)
-        done_AD = self._compute(arrived_AD, arrivals, sum(received))
+        done_AD = self.compute(self.held(), arrived_AD, arrivals, sum(received))
         back_RD = exchange(done_AD, received, sent, self.group)
         if guard_or_true(dropped > 0):
             back_RD = torch.cat([back_RD, back_RD.new_zeros((dropped, back_RD.shape[1]))])
-        y_TD: Tensor = ops.combine(back_RD, order_R, gates_TK)
+        return self._with_bias(ops.combine(back_RD, order_R, gates_TK))
+
+    def _with_bias(self, y_TD: Tensor) -> Tensor:
         return y_TD if self.b_out is None else y_TD + self.b_out.to(y_TD.dtype)
 
     def _slots(self, experts_TK: Tensor) -> Tensor:
@@ -115,26 +131,35 @@ class ParallelExperts(Experts):
         slots_R = torch.empty_like(expert_R).scatter_(0, order_R, self.slot_of_copy[expert_R, copy_R])
         return slots_R.view_as(experts_TK)
 
-    def _compute(self, rows_AD: Tensor, arrivals: Tensor, total: int) -> Tensor:
-        """Run the experts of this rank on the rows that arrived: by sender, then by slot."""
+    def compute(self, weights: FFNWeights, rows_AD: Tensor, arrivals: Tensor, total: int) -> Tensor:
+        """Run the experts of this rank on the rows that arrived: by sender, then by slot ``[G, slots]``."""
         ranks, local = arrivals.shape
-        weights = self._held().map(lambda w: scale_gradient(w, 1 / ranks))
-        if not local:
-            return _nothing(rows_AD, weights)
         slot_of_row = torch.arange(local, device=rows_AD.device).repeat(ranks)
         slot_of_row = slot_of_row.repeat_interleave(arrivals.reshape(-1), output_size=total)
-        order, offsets = ops.group(slot_of_row.unsqueeze(1), local)
-        h = ops.grouped_linear(rows_AD, weights.w_in, weights.b_in, order, offsets, 1)
+        wide = torch.promote_types(rows_AD.dtype, torch.float32)
+        ones = torch.ones((total, 1), dtype=wide, device=rows_AD.device)
+        return self.local_sum(weights, rows_AD, slot_of_row.unsqueeze(1), ones)  # back in the order of arrival
+
+    def local_sum(self, weights: FFNWeights, rows_AD: Tensor, slots_AK: Tensor, gates_AK: Tensor) -> Tensor:
+        """Return the weighted sum over the slots of this rank; a slot outside it counts nothing."""
+        local, k = weights.w_in.shape[0], slots_AK.shape[1]
+        if not local:
+            return _nothing(rows_AD, weights, gates_AK)
+        order, offsets = ops.group(slots_AK, local)
+        h = ops.grouped_linear(rows_AD, weights.w_in, weights.b_in, order, offsets, k)
         if weights.w_gate is None:
             h = self.act(h)
         else:
-            h = self.act(h, ops.grouped_linear(rows_AD, weights.w_gate, weights.b_gate, order, offsets, 1))
+            h = self.act(h, ops.grouped_linear(rows_AD, weights.w_gate, weights.b_gate, order, offsets, k))
         done = ops.grouped_linear(h, weights.w_out, None, None, offsets)
-        wide = torch.promote_types(done.dtype, torch.float32)
-        return ops.combine(done, order, done.new_ones((total, 1), dtype=wide))  # back to the order of arrival
+        y: Tensor = ops.combine(done, order, gates_AK)
+        return y
 
-    def _held(self) -> FFNWeights:
-        """Return the weights of the slots of this rank: its own experts, then copies of others'."""
+    def held(self) -> FFNWeights:
+        """Return the weights of the slots of this rank: its own experts, then copies of others'. A collective."""
+        return self._all_slots().map(lambda w: scale_gradient(w, 1 / len(self.homes)))
+
+    def _all_slots(self) -> FFNWeights:
         own = replace(self.weights(), b_out=None)
         if not self.roster.has_copies:
             return own
@@ -205,9 +230,9 @@ def _tensors(weights: FFNWeights) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in vars(weights).items() if tensor is not None}
 
 
-def _nothing(rows_0D: Tensor, weights: FFNWeights) -> Tensor:
+def _nothing(rows_0D: Tensor, weights: FFNWeights, gates_0K: Tensor) -> Tensor:
     """Return no rows, with the dependencies that rows have on other ranks: their backward pass has collectives."""
     h = F.linear(rows_0D, weights.w_in.sum(0))
     if weights.w_gate is not None:
         h = h * F.linear(rows_0D, weights.w_gate.sum(0))
-    return F.linear(h, weights.w_out.sum(0))
+    return F.linear(h, weights.w_out.sum(0)) * gates_0K.sum(1, keepdim=True).to(h.dtype)

@@ -12,8 +12,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from moefx.errors import InputError, MoefxError, PlanError
-from moefx.parallel.agree import agree, structure_digest, weights_digest
+from moefx.errors import InputError, MoefxError, OptionError, PlanError
+from moefx.parallel.agree import agree, structure_digest, text_digest, weights_digest
 from moefx.parallel.experts import ParallelExperts
 from moefx.parallel.roster import Roster
 from moefx.passes.placement import ModelDims, Placement, routed_layers
@@ -26,7 +26,15 @@ PLACEMENT, DATA_GROUP = "_moefx_placement", "_moefx_data_group"
 _NO_DIGEST = bytes(32)
 
 
-def parallelize(model: Model, mesh: DeviceMesh | None, placement: Placement, *, verify: bool = True) -> Model:
+def parallelize(
+    model: Model,
+    mesh: DeviceMesh | None,
+    placement: Placement,
+    *,
+    chunks: int = 1,
+    once: bool = False,
+    verify: bool = True,
+) -> Model:
     """Keep on each process only its experts, in place, and return ``model``.
 
     Call it on every rank, with the same whole model and the same placement. Each rank then runs its own share of the
@@ -43,6 +51,9 @@ def parallelize(model: Model, mesh: DeviceMesh | None, placement: Placement, *, 
         mesh: rank i is device i of the placement; None for all processes of the job. A mesh of two dimensions, one of
             them named ``"expert"``, divides the experts along that one and repeats them along the other.
         placement: where the experts live.
+        chunks: parts of the tokens, of which one travels while another is computed; ``best_degree`` of
+            :mod:`moefx.passes.schedule` finds how many.
+        once: send a token to each rank at most once, however many of its experts live there.
         verify: compare the weights of all ranks first, which reads each weight once.
 
     Raises:
@@ -57,11 +68,16 @@ def parallelize(model: Model, mesh: DeviceMesh | None, placement: Placement, *, 
     facts = {"the placements": _NO_DIGEST, "the models' parameters": _NO_DIGEST, "the models' weights": _NO_DIGEST}
     try:
         _check(model, group, placement, asked)
+        if not isinstance(chunks, int) or chunks < 1 or (once and chunks > 1):
+            raise OptionError(
+                asked, found=f"chunks = {chunks!r}, once = {once}", do="use chunks >= 1, and once with one chunk only"
+            )
     except MoefxError as error:
         problem = error
     else:
         weights = weights_digest(model) if verify else _NO_DIGEST
-        facts = dict(zip(facts, (placement.digest, structure_digest(model), weights), strict=True))
+        plan = text_digest(f"{placement.digest.hex()} {chunks} {once}")
+        facts = dict(zip(facts, (plan, structure_digest(model), weights), strict=True))
     for ranks in (group, data):  # first within each set of experts, then across the sets
         if ranks is not None:
             agree(asked, facts, problem, mesh.device_type if mesh is not None else _device_type(group), ranks)
@@ -70,7 +86,9 @@ def parallelize(model: Model, mesh: DeviceMesh | None, placement: Placement, *, 
     rank, layout = dist.get_rank(own), placement.layouts[0]
     for i, layer in enumerate(routed_layers(model).values()):
         assert isinstance(layer.experts, Experts)
-        layer.experts = ParallelExperts(layer.experts, Roster.of(layout, i), rank, own.group_name)
+        layer.experts = ParallelExperts(
+            layer.experts, Roster.of(layout, i), rank, own.group_name, chunks=chunks, once=once
+        )
     model.__dict__[PLACEMENT] = placement
     model.__dict__[DATA_GROUP] = None if data is None else data.group_name
     _leave_to_us(model)
