@@ -25,8 +25,8 @@ Repair = Callable[[int, IDs, Array], IDs]
 _Step = tuple[IDs, dict[tuple[int, int], IDs]]
 
 # Noise at the start of an annealing, in mean flows between an expert and a device; a restart takes the next.
-_HOT, _COLD = (1.0, 2.0, 4.0), 0.1
-_SWEEPS = 240
+_HOT, _COLD = (0.5, 1.0, 2.0), 0.05
+_SWEEPS = 600
 _COLD_SWEEPS = 12
 # Where two homes are worth the same an expert stays: sweeps end.
 _STAY = 1e-9
@@ -113,12 +113,14 @@ class Chain:
         """
         homes = [home.copy() for home in homes]
         spots = [self.spots(home) for home in homes]
+        # Repairs are dear, and before half-time the noise undoes them.
+        middle = self.mean_flow * float(np.sqrt(hot * _COLD))
         for noise in [*np.geomspace(hot, _COLD, _SWEEPS) * self.mean_flow, *[0.0] * _COLD_SWEEPS]:
             for i in range(len(homes)):
                 pull_EG = self.pull(i, spots)
                 drawn = _STAY * self.mean_flow * spots[i] if noise == 0 else noise * _gumbel(draws, pull_EG.shape)
                 homes[i] = self.assign(i, pull_EG + drawn)
-                if repair is not None:
+                if repair is not None and noise < middle:
                     homes[i] = repair(i, homes[i], pull_EG)
                 spots[i] = self.spots(homes[i])
             if noise == 0:
@@ -158,8 +160,8 @@ class Chain:
 
 
 def noise_levels(restarts: int) -> list[float]:
-    """Return the noise at the start of each annealing."""
-    return [_HOT[r % len(_HOT)] for r in range(max(restarts, 1))]
+    """Return the noise at the start of each annealing: long ones, half as many as restarts of a local search."""
+    return [_HOT[r % len(_HOT)] for r in range(max(restarts // 2, 1))]
 
 
 def _gumbel(draws: np.random.Generator, shape: tuple[int, ...]) -> Array:

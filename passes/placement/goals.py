@@ -18,6 +18,9 @@ from moefx.passes.placement.predict import predict
 from moefx.passes.placement.topology import Topology
 from moefx.passes.placement.trace import RoutingTrace
 
+# Slowdown beyond the allowed imbalance weighs so much more than flow that no plan takes it for affinity.
+EXCESS_PRICE = 10.0
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -69,10 +72,10 @@ def _crossing_bound(problem: Problem, placement: Placement) -> float:
 
 
 def _joint(problem: Problem, placement: Placement) -> float:
-    """Return the flow that moves, plus the slowdown beyond the allowed imbalance."""
+    """Return the flow that moves, plus the slowdown beyond the allowed imbalance at its price."""
     balanced = perfect_balance(problem.trace, problem.topology)
     slowdown = _load(problem, placement) / balanced if balanced > 0 else 1.0
-    return _crossing(problem, placement) + max(0.0, slowdown - 1 - problem.budget.imbalance)
+    return _crossing(problem, placement) + EXCESS_PRICE * max(0.0, slowdown - 1 - problem.budget.imbalance)
 
 
 def _apart(problem: Problem, placement: Placement) -> float:

@@ -34,10 +34,32 @@ def improve(load_SE: Array, home_E: IDs, speeds: Array) -> IDs:
         after_P = _costs(load_SE, home, held_SG, speeds, first_P, second_P)
         gains = np.flatnonzero(after_P < cost - _SMALLEST_GAIN * max(cost, 1.0))
         if not len(gains):
-            break
+            if not _break_tie(load_SE, home, held_SG, speeds, first_P, second_P):
+                break
+            continue
         best = gains[np.argsort(after_P[gains], kind="stable")[:_PER_ROUND]]
         cost = _apply(load_SE, home, speeds, first_P[best], second_P[best], cost)
     return home
+
+
+def _break_tie(load_SE: Array, home: IDs, held_SG: Array, speeds: Array, first_P: IDs, second_P: IDs) -> bool:
+    """Relieve one of several equally busy devices, in place, if there is one level only; tell whether it was done.
+
+    No exchange lowers the largest time while two devices have it, so the pair's own larger time is lowered instead.
+    """
+    if len(load_SE) > 1:
+        return False
+    time_G, load_E = held_SG[0] / speeds, load_SE[0]
+    busiest = time_G[home] >= time_G.max() * (1 - _SMALLEST_GAIN)
+    pairs = np.flatnonzero((home[first_P] != home[second_P]) & (busiest[first_P] != busiest[second_P]))
+    a, b = first_P[pairs], second_P[pairs]
+    g, h, moved_P = home[a], home[b], load_E[b] - load_E[a]
+    after_P = np.maximum(time_G[g] + moved_P / speeds[g], time_G[h] - moved_P / speeds[h])
+    best = int(after_P.argmin()) if len(pairs) else 0
+    if not len(pairs) or after_P[best] >= time_G.max() * (1 - 1e-9):
+        return False
+    home[a[best]], home[b[best]] = h[best], g[best]
+    return True
 
 
 def _apply(load_SE: Array, home: IDs, speeds: Array, first_P: IDs, second_P: IDs, cost: float) -> float:

@@ -6,11 +6,13 @@ linear form has a bound of zero and cannot prune.
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 
 from moefx.passes.placement.chain import Chain, noise_levels
 from moefx.passes.placement.dims import Budget, ModelDims
-from moefx.passes.placement.draft import Homes
+from moefx.passes.placement.draft import Draft, Homes
 from moefx.passes.placement.flow import nearness
 from moefx.passes.placement.methods.lpt import lpt
 from moefx.passes.placement.slots import equal_slots
@@ -24,11 +26,17 @@ def affinity(trace: RoutingTrace, topology: Topology, dims: ModelDims, budget: B
     """Return the best of several annealed chains."""
     chain = chain_of(trace, topology, dims)
     draws, until = np.random.default_rng(budget.seed), budget.deadline()
-    best: Homes = chain.climb(lpt.function(trace, topology, dims, budget), until)  # type: ignore[arg-type]
+    greedy = lpt.function(trace, topology, dims, budget)
+    assert not isinstance(greedy, Draft)
+    best = chain.climb(greedy, until)
+    pool = [best]
     for hot in noise_levels(budget.restarts):
-        for homes in chain.anneal(chain.start(draws), draws, hot, until):
-            best = min(best, homes, key=chain.crossing)
-    return best
+        if time.monotonic() > until:
+            break
+        pool.append(min(chain.anneal(chain.start(draws), draws, hot, until), key=chain.crossing, default=best))
+    if topology.interchangeable:
+        pool.append(chain.climb(chain.glue(pool), until))
+    return min(pool, key=chain.crossing)
 
 
 def chain_of(trace: RoutingTrace, topology: Topology, dims: ModelDims) -> Chain:

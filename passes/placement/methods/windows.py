@@ -19,11 +19,12 @@ from scipy.optimize import linear_sum_assignment
 
 from moefx.passes.placement.dims import Budget, ModelDims
 from moefx.passes.placement.draft import Draft, as_rows
-from moefx.passes.placement.methods.minimax_time import minimax_layer
+from moefx.passes.placement.methods.minimax_time import greedy_over_time, minimax_layer
 from moefx.passes.placement.objective import layer_cost
 from moefx.passes.placement.placement import Window
 from moefx.passes.placement.slots import boundary, equal_slots, level_ranges
 from moefx.passes.placement.strategy import register_strategy
+from moefx.passes.placement.swap import improve
 from moefx.passes.placement.topology import Topology
 from moefx.passes.placement.trace import RoutingTrace
 
@@ -40,15 +41,11 @@ def windows(trace: RoutingTrace, topology: Topology, dims: ModelDims, budget: Bu
     """Return at most ``budget.windows`` layouts."""
     ranges = _ranges(len(trace.sigmas), budget)
     draws, until = np.random.default_rng(budget.seed), budget.deadline()
-    pools: list[dict[Range, IDs]] = []
+    pools = []
     for i, count in enumerate(dims.experts):
         slots_G = equal_slots(count, len(topology), i)
-        whole = minimax_layer(trace.layer(i), slots_G, topology.speeds, budget, draws)
-        pools.append({(0, len(trace.sigmas)): whole})
-        for start, end in ranges:
-            if time.monotonic() < until and (start, end) not in pools[i]:
-                part_SE = trace.layer(i)[start:end]
-                pools[i][start, end] = minimax_layer(part_SE, slots_G, topology.speeds, budget, draws, [whole])
+        whole_E = minimax_layer(trace.layer(i), slots_G, topology.speeds, budget, draws)
+        pools.append(_pool(trace.layer(i), ranges, whole_E, slots_G, topology.speeds, until))
     chosen = _choose_ranges(trace, topology, pools, budget.windows)
     homes = [
         _choose_homes(trace.layer(i), list(pools[i].values()), chosen, topology, budget) for i in range(len(pools))
@@ -59,6 +56,21 @@ def windows(trace: RoutingTrace, topology: Topology, dims: ModelDims, budget: Bu
 def _ranges(levels: int, budget: Budget) -> list[Range]:
     cuts = [start for start, _ in level_ranges(levels, _CUTS)] + [levels]
     return [(a, b) for k, a in enumerate(cuts) for b in cuts[k + 1 :]] if budget.windows > 1 else []
+
+
+def _pool(
+    load_SE: Array, ranges: Sequence[Range], whole_E: IDs, slots_G: IDs, speeds: Array, until: float
+) -> dict[Range, IDs]:
+    """Return homes of one layer that suit all levels, and for each range the better of two local optima."""
+    pool = {(0, len(load_SE)): whole_E}
+    for start, end in ranges:
+        if time.monotonic() > until:
+            break
+        part_SE = load_SE[start:end]
+        first_E, second_E = (improve(part_SE, h, speeds) for h in (whole_E, greedy_over_time(part_SE, slots_G, speeds)))
+        first, second = (layer_cost(part_SE, home_E, speeds) for home_E in (first_E, second_E))
+        pool.setdefault((start, end), first_E if first <= second else second_E)
+    return pool
 
 
 def _choose_ranges(
