@@ -99,7 +99,7 @@ class Experts(_FeedForward):
         order, offsets = ops.group(experts_TK, self.num_experts)
         h = ops.grouped_linear(x_TD, self.w_in, self.b_in, order, offsets, k)
         if self.w_gate is None:
-            h = self.act(h)
+            h = ops.activate(self.act, h)
         else:
             h = self.act(h, ops.grouped_linear(x_TD, self.w_gate, self.b_gate, order, offsets, k))
         rows = ops.grouped_linear(h, self.w_out, None, None, offsets)
