@@ -159,6 +159,31 @@ def test_selector_of_intervals_and_its_bias() -> None:
     assert RelativeThreshold(torch.tensor([1.0])).taps == ()
 
 
+@pytest.mark.parametrize("recipe", ["moefx-split", "chess", "d2dmoe"])
+def test_thresholds_by_timestep_where_the_block_sees_it(recipe: str, tmp_path: Path) -> None:
+    """Blocks of the original DiT get the raw timestep, and their networks a threshold for each half of the steps."""
+    original, inputs, calibration = dense("DiTTransformer2DModel")
+    model = copy.deepcopy(original)
+    options = {**RECIPES[recipe], "timestep_thresholds": 2, "max_error": 50.0}
+    moefx.transform(model, inputs, recipe=recipe, calibration=calibration, **options)
+    layers = [m for m in model.modules() if isinstance(m, LAYERS)]
+    assert layers
+    for layer in layers:
+        assert layer.taps == ("timestep",)
+        x, t = torch.randn(2, 5, layer_width(layer)), torch.tensor([10.0, 990.0])
+        alone = torch.cat([layer(x[:1], t[:1]), layer(x[1:], t[1:])])
+        assert torch.allclose(layer(x, t), alone, atol=1e-5)
+    call(model, inputs)
+    moefx.save(model, tmp_path / "saved")
+    loaded = moefx.load(tmp_path / "saved", copy.deepcopy(original))
+    assert error(call(loaded, inputs), call(model, inputs)) < 1e-6
+
+
+def layer_width(layer: nn.Module) -> int:
+    experts = getattr(layer, "experts", layer)
+    return int(getattr(experts, "experts", experts).w_in.shape[-1])
+
+
 def test_refused_with_what_to_do() -> None:
     model, calibration = calibrated()
     fresh = copy.deepcopy(model)

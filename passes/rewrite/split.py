@@ -111,6 +111,10 @@ class Split(SitePass):
         """The timestep, if thresholds depend on it."""
         return ("timestep",) if self.options.timestep_thresholds > 1 else ()
 
+    def accepts(self, tap: str, value: torch.Tensor) -> bool:
+        """Return whether the timestep is a raw one: an embedding has no interval."""
+        return value.ndim <= 1
+
     @property
     def needs_calibration(self) -> bool:
         """Whether data decides anything."""
@@ -184,10 +188,7 @@ class Split(SitePass):
         own = None if "rest" in site.operands else dense.b_out
         if own is None and _hoisted(o):
             own = torch.zeros(dense.out_dim, dtype=dense.w_out.dtype, device=dense.w_out.device)
-        raw = bool(self.taps) and context.taps["timestep"].meta["val"].ndim <= 1
-        slicing = Slicing(
-            o, replace(dense, b_out=own), hidden_function(site), context.generator, o.timestep_thresholds if raw else 1
-        )
+        slicing = Slicing(o, replace(dense, b_out=own), hidden_function(site), context.generator, o.timestep_thresholds)
         if self.calibration is not None and o.measured and not dense.w_in.is_meta:
             self._measure(slicing, context.name)
         layer = slicing.build()
