@@ -200,6 +200,8 @@ def _plan_whole_block(facts: Facts, rule: Pass, site: Site, call: ModuleCall | N
     refusal = rule.layout_refusal(where["tokens"])
     if refusal:
         raise Skip(refusal)
+    if rule.taps:
+        where["taps"] = _argument_taps(facts, rule, where, call)
     return {**where, "layer": site.operands["layer"], "layers": site.operands["layers"]}
 
 
@@ -215,6 +217,19 @@ def _plan_segment(graph: Graph, facts: Facts, rule: SegmentPass, site: Site) -> 
     if refusal:
         raise Skip(refusal)
     return {**where, "layer": wanted.start, "layers": layers}
+
+
+def _argument_taps(facts: Facts, rule: Pass, where: dict[str, Any], call: ModuleCall | None) -> tuple[TapPlan, ...]:
+    """Find the taps of a pass over a whole block among the block's arguments: they are there before its tokens are."""
+    block = facts.graph.root.get_submodule(where["block"])
+    local = local_graph(block, where["block_inputs"], "children", where["expand"])
+    taps = []
+    for name in rule.taps:
+        node = choose_tap(name, facts, call, local)
+        if node is None or node.op != "placeholder" or not rule.accepts(name, node.meta["val"]):
+            raise Skip(f"none of its arguments is the {name}")
+        taps.append(_tap(name, node))
+    return tuple(taps)
 
 
 def _root_inputs(graph: Graph) -> dict[str, Any]:
@@ -261,9 +276,13 @@ def _block_taps(
         node = choose_tap(name, facts, calls[0] if calls else None, local, entry)
         if node is None or not rule.accepts(name, node.meta["val"]):
             return None
-        value = node.meta["val"]
-        taps.append(TapPlan(name=name, node=node.name, rank=value.ndim, width=value.shape[-1] if value.ndim > 1 else 1))
+        taps.append(_tap(name, node))
     return tuple(taps)
+
+
+def _tap(name: str, node: Node) -> TapPlan:
+    value = node.meta["val"]
+    return TapPlan(name=name, node=node.name, rank=value.ndim, width=value.shape[-1] if value.ndim > 1 else 1)
 
 
 def _argument(local: Graph, child: str) -> Node | None:

@@ -152,7 +152,7 @@ def _rewrite_block(
         taps = {tap.name: _node(graph, tap.node, path) for tap in plan.taps}
         with future_children(module, children):
             if isinstance(rule, BlockPass):
-                realised, edit = _whole_block(model, graph, plan, rule, seed, common)
+                realised, edit = _whole_block(model, graph, plan, rule, seed, common, taps)
             elif isinstance(rule, SegmentPass):
                 realised, edit = _segment(graph, plan, rule, taps, seed)
             else:
@@ -185,7 +185,13 @@ def _targets(graph: Graph, op: str) -> set[str]:
 
 
 def _whole_block(
-    model: nn.Module, graph: Graph, plan: SitePlan, rule: BlockPass, seed: int, common: dict[str, Any]
+    model: nn.Module,
+    graph: Graph,
+    plan: SitePlan,
+    rule: BlockPass,
+    seed: int,
+    common: dict[str, Any],
+    taps: dict[str, Node],
 ) -> tuple[Realised, Edit]:
     """Let the rule run the block on some of its tokens."""
     assert plan.tokens is not None
@@ -203,6 +209,7 @@ def _whole_block(
         seed=seed,
         ffn=ffn,
         common=common.setdefault(rule.name, {}),
+        taps=taps,
     )
     edit = rule.edit(context)
     return Realised(plan, rule, None, None, edit.routed), edit

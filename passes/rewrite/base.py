@@ -100,6 +100,7 @@ class BlockContext:
     seed: int
     ffn: Callable[[Branch], tuple[Graph, Site]]
     common: dict[str, Any]
+    taps: Mapping[str, Node] = field(default_factory=dict)
 
     @property
     def stream(self) -> Node:
