@@ -5,6 +5,8 @@ from moefx.passes.rewrite import (
     attention_mechanisms,
     channel_groups,
     fresh_experts,
+    linear_mask,
+    low_rank_experts,
     mixture_of_depths,
     mixture_of_heads,
     segments,
@@ -12,6 +14,7 @@ from moefx.passes.rewrite import (
     split,
     token_bypass,
     upcycle,
+    weight_mixture,
 )
 from moefx.passes.rewrite.base import (
     BlockContext,
@@ -34,6 +37,8 @@ _MODULES = (
     attention_mechanisms,
     channel_groups,
     fresh_experts,
+    linear_mask,
+    low_rank_experts,
     mixture_of_depths,
     mixture_of_heads,
     segments,
@@ -41,6 +46,7 @@ _MODULES = (
     split,
     token_bypass,
     upcycle,
+    weight_mixture,
 )
 
 __all__ = [
