@@ -32,7 +32,7 @@ RECIPE = register_recipe(
             start="approximate",
         ),
         notes="The router reads the stream as it enters the block. Layers 0, 1, 2 and the last stay dense, as "
-        "in the released default; choosing them by the rank of attention maps is left to only= and skip=. Text tokens of a "
+        "in the released code; choosing by the rank of attention maps is left to only= and skip=. Text tokens of a "
         "joint block always stay. Positions stay the original ones. The loss is a mean over layers (the paper's is a "
         "sum). Selection is the same in training and inference; the released threshold is not reproduced.",
     )
