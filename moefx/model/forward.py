@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import linecache
+from collections import OrderedDict
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -60,16 +61,17 @@ def expect_tensor(value: Any, ndim: int, name: str) -> None:
     )
 
 
-def make_forward(graph: Graph, empty: Collection[str] = ()) -> Forward:
+def make_forward(graph: Graph, empty: Collection[str] = (), flag: str = "") -> Forward:
     """Return a forward method for the module ``graph`` was captured from.
 
-    Arguments named in ``empty`` may be None or an empty dict, whichever the capture saw.
+    Arguments named in ``empty`` may be None or an empty dict, whichever the capture saw. The argument ``flag`` says
+    whether an output class is wanted or the plain tuple of its values.
 
     Raises:
         CaptureError: the graph holds something that plain Python source cannot express.
     """
     _check_expressible(graph)
-    fx = _with_signature(graph, empty)
+    fx = _with_signature(graph, empty, flag)
     code = fx.python_code(root_module="self")
     key = (code.src, tuple(sorted((name, id(value)) for name, value in code.globals.items())))
     if key not in _compiled:
@@ -95,7 +97,7 @@ def _check_expressible(graph: Graph) -> None:
         raise CaptureError(f"rewrite {owner}", found=note, do="skip this site")
 
 
-def _with_signature(graph: Graph, empty: Collection[str]) -> FxGraph:
+def _with_signature(graph: Graph, empty: Collection[str], flag: str) -> FxGraph:
     """Copy the graph under the original signature, with checks of everything the capture fixed."""
     spec = graph.call_spec
     assert spec is not None
@@ -108,13 +110,16 @@ def _with_signature(graph: Graph, empty: Collection[str]) -> FxGraph:
         if parameter.name in empty:
             new.call_function(expect_nothing, (holders[parameter.name], parameter.name))
             continue
+        if parameter.name == flag:
+            continue
         _unpack(new, env, holders[parameter.name], bound.get(parameter.name), parameter.name)
     guards = {guard.node: guard for guard in graph.guards}
     for node in graph.fx.nodes:
         if node.op == "placeholder":
             copied = env[node]
         elif node.op == "output":
-            new.output(_output(graph, [n if not isinstance(n, Node) else env[n] for n in node.args[0]]))
+            leaves = [n if not isinstance(n, Node) else env[n] for n in node.args[0]]
+            new.output(_output(new, graph, leaves, holders.get(flag)))
             continue
         else:
             copied = env[node] = new.node_copy(node, lambda n: env[n])
@@ -155,15 +160,23 @@ def _item(holder: Any, key: Any) -> Any:
     return holder[key]
 
 
-def _output(graph: Graph, leaves: list[Any]) -> Any:
-    tree = pytree.tree_unflatten(leaves, graph.out_spec) if graph.out_spec is not None else leaves[0]
-    if isinstance(tree, Node | list | tuple | dict) and (type(tree) in (Node, list, tuple, dict)):
+def _output(new: FxGraph, graph: Graph, leaves: list[Any], flag: Node | None) -> Any:
+    """Return what the new forward returns: plain containers, or a call of the output class."""
+    tree: Any = pytree.tree_unflatten(leaves, graph.out_spec) if graph.out_spec is not None else leaves[0]
+    if type(tree) in (Node, list, tuple, dict):
         return tree
+    if isinstance(tree, OrderedDict) and hasattr(type(tree), "__dataclass_fields__"):
+        made = new.call_function(type(tree), kwargs=dict(tree))
+        return made if flag is None else new.call_function(_as_wanted, (flag, made))
     raise CaptureError(
         f"rewrite {type(graph.root).__name__}",
         found=f"its forward returns a {getattr(tree, 'cls', type(tree)).__name__}",
         do="skip this site",
     )
+
+
+def _as_wanted(flag: bool, made: Any) -> Any:
+    return made if flag else made.to_tuple()
 
 
 def has_own_forward(module: nn.Module) -> bool:

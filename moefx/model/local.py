@@ -129,6 +129,29 @@ def empty_dicts(module: nn.Module, inputs: JSON, graph: Graph, expand: Collectio
     return frozenset(names) if same else frozenset()
 
 
+def output_flag(module: nn.Module, inputs: JSON, graph: Graph, expand: Collection[str] = ()) -> str:
+    """Return the argument that asks for an output class, where without it the same values come as a tuple, else "".
+
+    Pipelines of diffusers pass ``return_dict=False``; a model called directly returns an output class.
+    """
+    assert graph.call_spec is not None
+    bound = graph.call_spec.bind(*graph.call_spec.rebuild(graph.call_spec.examples))
+    index = list(bound).index("return_dict") if bound.get("return_dict") is True else -1
+    if index < 0:
+        return ""
+    args, kwargs = list(inputs["args"]), dict(inputs["kwargs"])
+    if index < len(args):
+        args[index] = False
+    else:
+        kwargs["return_dict"] = False
+    try:
+        plain = _capture(module, {"args": args, "kwargs": kwargs}, "children", expand)
+    except CaptureError:
+        return ""
+    is_tuple = plain.out_spec is not None and plain.out_spec.type is tuple
+    return "return_dict" if is_tuple and not _difference(graph, plain) else ""
+
+
 def example_call(module: nn.Module, inputs: JSON, mode: FakeTensorMode) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the described inputs as fake tensors on the module's device."""
     tensors = [*module.parameters(), *module.buffers()]
