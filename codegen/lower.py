@@ -12,7 +12,7 @@ import inspect
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -22,6 +22,9 @@ from moefx.codegen.epilogue import trace_pointwise
 from moefx.codegen.pointwise import Pointwise
 from moefx.codegen.reasons import CannotLower
 from moefx.codegen.spec import CombineSpec, LinearSpec, RegionSpec
+
+if TYPE_CHECKING:
+    from moefx.codegen.attention import HeadLowering
 
 
 def _argument_names(name: str) -> list[str]:
@@ -71,6 +74,11 @@ def dialect_op(node: Any) -> str | None:
     return None
 
 
+def _calls_head_attention(node: fx.Node) -> bool:
+    packet = torch.ops.moefx.head_attention
+    return node.op == "call_function" and node.target in (packet, packet.default)
+
+
 def operands(node: fx.Node) -> dict[str, Any]:
     """Return the arguments of a dialect call by name."""
     name = str(dialect_op(node))
@@ -78,8 +86,8 @@ def operands(node: fx.Node) -> dict[str, Any]:
     return dict.fromkeys(_ARGUMENTS[name]) | dict(zip(_ARGUMENTS[name], node.args, strict=False)) | named
 
 
-def lowerings(graph: Any) -> list[Lowering | Refusal]:
-    """Return every routed region of a graph in execution order.
+def lowerings(graph: Any) -> list[Lowering | HeadLowering | Refusal]:
+    """Return every routed region, and every attention of routed heads, of a graph in execution order.
 
     ``graph`` is a :class:`torch.fx.GraphModule` (dynamo, export) or a traced graph with ``fx`` and ``root``.
     """
@@ -148,19 +156,26 @@ class _Finder:
         self.position = {node: i for i, node in enumerate(graph.nodes)}
         self.taken: set[fx.Node] = set()
 
-    def find(self) -> list[Lowering | Refusal]:
-        found: list[Lowering | Refusal] = []
+    def find(self) -> list[Lowering | HeadLowering | Refusal]:
+        found: list[Lowering | HeadLowering | Refusal] = []
         for node in self.graph.nodes:
-            if dialect_op(node) != "grouped_linear" or node in self.taken:
-                continue
             try:
-                lowering = self.region(node)
+                if _calls_head_attention(node):
+                    found.append(self.heads(node))
+                elif dialect_op(node) == "grouped_linear" and node not in self.taken:
+                    lowering = self.region(node)
+                    self.taken.update(lowering.nodes)
+                    found.append(lowering)
             except CannotLower as error:
                 found.append(Refusal(_site(node), node, error.found or error.asked))
-                continue
-            self.taken.update(lowering.nodes)
-            found.append(lowering)
         return found
+
+    def heads(self, node: fx.Node) -> HeadLowering:
+        """Return the kernels of one attention of routed heads."""
+        from moefx.codegen.attention import lower_heads
+
+        q = self.value(node.args[0] if node.args else node.kwargs["q"])
+        return lower_heads(_site(node), node, q)
 
     def region(self, start: fx.Node) -> Lowering:
         """Grow a region from its first projection as far as it goes."""
@@ -315,12 +330,13 @@ def _site(node: fx.Node) -> str:
     return node.name
 
 
-def replace(graph: fx.GraphModule, found: Iterable[Lowering | Refusal], training: bool = False) -> int:
+def replace(graph: fx.GraphModule, found: Iterable[Lowering | HeadLowering | Refusal], training: bool = False) -> int:
     """Replace regions by calls of their kernels, in place, and return how many were; refusals are left alone.
 
     With ``training`` a region also saves what its gradient reads.
     """
     # The operators are defined only where kernels are wanted.
+    import moefx.codegen.attention
     import moefx.codegen.backward  # noqa: F401
     from moefx.codegen.runtime import register
 
@@ -329,6 +345,10 @@ def replace(graph: fx.GraphModule, found: Iterable[Lowering | Refusal], training
     count = 0
     for lowering in found:
         if isinstance(lowering, Refusal):
+            continue
+        count += 1
+        if not isinstance(lowering, Lowering):
+            lowering.output.target = torch.ops.moefx.head_attention_kernels.default
             continue
         with graph.graph.inserting_before(lowering.output):
             arguments = (list(lowering.inputs), register(lowering.region))
@@ -339,18 +359,20 @@ def replace(graph: fx.GraphModule, found: Iterable[Lowering | Refusal], training
         lowering.output.replace_all_uses_with(call)
         for node in reversed(lowering.nodes):
             graph.graph.erase_node(node)
-        count += 1
     graph.graph.lint()
     graph.recompile()
     return count
 
 
-def describe(found: Iterable[Lowering | Refusal]) -> str:
+def describe(found: Iterable[Lowering | HeadLowering | Refusal]) -> str:
     """Return the regions as text: one line each, and one per kernel or reason below it."""
     lines: list[str] = []
     for item in found:
         if isinstance(item, Refusal):
             lines += [f"{item.name}: not lowered", f"  because {item.reason}"]
+            continue
+        if not isinstance(item, Lowering):
+            lines += [f"{item.name}: attention of routed heads", *(f"  {spec.name}" for spec in item.specs)]
             continue
         lines.append(f"{item.name}: region {item.region.key}")
         lines += [f"  {kernel.name}" for kernel in item.region.kernels]

@@ -15,7 +15,8 @@ import torch
 from torch import fx
 from torch._logging._internal import trace_structured
 
-from moefx.codegen import backward, runtime
+from moefx.codegen import attention, backward, runtime
+from moefx.codegen.attention import HeadLowering
 from moefx.codegen.lower import Lowering, Refusal, describe, lowerings, replace
 from moefx.codegen.runtime import interpreting, triton_installed
 from moefx.errors import OptionError, nearest
@@ -76,6 +77,7 @@ def compile(
 
 def reset() -> None:
     """Forget the kernels loaded in this process; ``torch.compiler.reset()`` calls this. Files stay on disk."""
+    attention.clear()
     backward.clear()
     runtime.clear()
 
@@ -103,11 +105,12 @@ def _lower(gm: fx.GraphModule, example_inputs: Sequence[Any], insist: bool) -> N
     )
 
 
-def _usable(item: Lowering | Refusal, insist: bool) -> bool:
+def _usable(item: Lowering | HeadLowering | Refusal, insist: bool) -> bool:
     """Whether a region's kernels can run where its tensors are."""
     if isinstance(item, Refusal):
         return False
     value = item.output.meta.get("val", item.output.meta.get("example_value"))
+    value = value[0] if isinstance(value, tuple | list) else value
     device = value.device.type if isinstance(value, torch.Tensor) else "cpu"
     if device == "cuda" and triton_installed():
         return True

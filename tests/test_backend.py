@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import moefx.backend
 from moefx.errors import OptionError
 from tests.inductor import linkable
 from tests.routed_toy import RoutedFFN
+from tests.test_codegen_kernels import interpret, why_no_interpreter
 
 
 @pytest.fixture(autouse=True)
@@ -129,3 +131,10 @@ def test_without_triton_the_backend_works(monkeypatch: pytest.MonkeyPatch) -> No
         "torch.testing.assert_close(c(x), m(x))\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(why_no_interpreter() is not None, reason=str(why_no_interpreter()))
+@pytest.mark.slow
+def test_whole_models_in_the_interpreter(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    interpret("interpreted_models.py", tmp_path)

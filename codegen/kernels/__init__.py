@@ -1,8 +1,9 @@
 """Kernels that are no forward projection, one file each: its spec, its tiles and its text."""
 
 from moefx.codegen.kernels.gate_grad import GateGradSpec
+from moefx.codegen.kernels.head_attention import HeadAttentionSpec
 from moefx.codegen.kernels.input_grad import InputGradSpec
 from moefx.codegen.kernels.point_grad import PointGradSpec
 from moefx.codegen.kernels.weight_grad import WeightGradSpec
 
-__all__ = ["GateGradSpec", "InputGradSpec", "PointGradSpec", "WeightGradSpec"]
+__all__ = ["GateGradSpec", "HeadAttentionSpec", "InputGradSpec", "PointGradSpec", "WeightGradSpec"]

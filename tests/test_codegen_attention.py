@@ -1,0 +1,44 @@
+"""Kernels of routed-head attention: in Triton's interpreter, and what compilers make of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moefx.codegen import target
+from moefx.codegen.aot import MATRIX_INSTRUCTIONS, Compiled, Job, compile_all
+from moefx.codegen.kernels import HeadAttentionSpec
+from moefx.codegen.kernels.head_attention import parts_of
+from tests.codegen_support import needs_triton
+from tests.test_codegen_kernels import interpret, why_no_interpreter
+
+
+def test_heads_are_cut_into_powers_of_two() -> None:
+    assert parts_of(64) == [(0, 64, False)]
+    assert parts_of(72) == [(0, 64, False), (64, 16, True)]
+    assert parts_of(96) == [(0, 64, False), (64, 32, False)]
+    assert parts_of(128) == [(0, 128, False)]
+
+
+@pytest.mark.skipif(why_no_interpreter() is not None, reason=str(why_no_interpreter()))
+@pytest.mark.slow
+def test_in_the_interpreter(tmp_path: Path) -> None:
+    interpret("interpreted_attention.py", tmp_path)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("width", [64, 72, 96, 128])
+def test_kernels_fit_their_target(device: str, width: int) -> None:
+    chosen = target(device)
+    specs = [HeadAttentionSpec(width, 16, "bfloat16", stage) for stage in ("forward", "queries", "keys")]
+    jobs = [
+        Job(spec.name, spec.emit(spec.schedule(chosen, 1024, 128)), tuple(spec.arguments(4098, 7, 39)), chosen)
+        for spec in specs
+    ]
+    for found in compile_all(jobs):
+        assert isinstance(found, Compiled), found
+        assert not found.problems(chosen)
+        assert found.main.count(MATRIX_INSTRUCTIONS[device]) > 0, found.main.row()
