@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import moefx
 from examples.dit import DiT
@@ -28,8 +30,10 @@ from moefx import zoo
 from moefx.errors import MoefxError
 from moefx.graph.inputs import synthesise
 from moefx.parallel import (
+    average_expert_gradients,
     average_gradients,
     count_wire_bytes,
+    expert_parameters,
     gather_experts,
     gather_state_dict,
     load_shards,
@@ -195,8 +199,37 @@ def batch(step: int) -> Tensor:
     return torch.randn(SAMPLES, 3, WIDTH, generator=draws, dtype=torch.float64)
 
 
+def under_wrapper(wrap: Callable[[nn.Module], nn.Module]) -> Numbers:
+    """Train with experts over two ranks, twice, and something else that averages what is replicated."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "expert"))
+    model = parallelize(Net(torch.float64), mesh, placement(*HOMES).model_copy(update={"devices": ("a", "b")}))
+    wrapped = wrap(model)
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=0.01)
+    losses = train(wrapped, optimizer, range(STEPS), lambda _: None, lambda _: average_expert_gradients(model))
+    return {"losses": distance(losses, reference()[0])}
+
+
+def under_ddp() -> Numbers:
+    return under_wrapper(DistributedDataParallel)
+
+
+def under_fsdp() -> Numbers:
+    """What is no expert is divided over all four ranks."""
+
+    def wrap(model: nn.Module) -> nn.Module:
+        everyone = init_device_mesh("cpu", (dist.get_world_size(),))
+        fully_shard(model, mesh=everyone, ignored_params=set(expert_parameters(model).values()))
+        return model
+
+    return under_wrapper(wrap)
+
+
 def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, before: Callable[[int], object]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: range,
+    before: Callable[[int], object],
+    average: Callable[[nn.Module], object] = average_gradients,
 ) -> list[float]:
     """Train on this rank's part of the global batch and return the global losses."""
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if optimizer.param_groups else (1, 0)
@@ -206,7 +239,7 @@ def train(
         parts = batch(step).tensor_split(ranks)
         loss = (model(parts[rank]) ** 2).sum() / SAMPLES
         (loss * ranks).backward()  # the average over ranks is then the sum over samples
-        average_gradients(model)
+        average(model)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         total = loss.detach().clone()
@@ -428,7 +461,7 @@ GROUPS: dict[str, list[Callable[[], Numbers]] | Callable[[Path], Numbers]] = {
         switch_refusals,
     ],
     "flux": [flux],
-    "four": [experts_times_data],
+    "four": [experts_times_data, under_ddp, under_fsdp],
     "dit": [dit],
     "save": save_half_way,
     "resume": resume,
