@@ -143,10 +143,35 @@ def test_branches_are_kept_apart_and_named() -> None:
     both = moefx.calibrate(model, {"conditional": [a], "unconditional": [b]}, buckets=2, progress=False)
     alone = moefx.calibrate(model, [b], buckets=2, progress=False)
     assert both.branches == ("conditional", "unconditional")
-    assert both.groups == 4
     layer = both.layer("blocks.1.mlp")
+    assert layer.groups == 4
     assert torch.equal(layer.hidden.mean[2:], alone.layer("blocks.1.mlp").hidden.mean)
     assert set(layer.sample.group.tolist()) <= {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "first"),
+    [
+        ("FluxTransformer2DModel", "single_transformer_blocks.0:ffn", True),
+        ("HunyuanVideoTransformer3DModel", "single_transformer_blocks.1:ffn", False),
+        ("CogVideoXTransformer3DModel", "transformer_blocks.0.ff", True),
+    ],
+)
+def test_text_and_image_tokens_of_a_joint_sequence_are_kept_apart(name: str, layer: str, first: bool) -> None:
+    model = zoo.tiny(name).eval()
+    inputs = synthesise(model, batch=2)
+    found = moefx.calibrate(model, [inputs], buckets=1, samples=10_000, progress=False).layer(layer)
+    assert found.modalities == ("main", "text")
+    site = next(s for s in moefx.sites(model, inputs) if s.name == layer)
+    graph = moefx.trace(model, inputs)
+    node = next(n for n in graph.nodes if n.name == site.operands["x"].name)
+    arguments = inputs if isinstance(inputs, dict) else {}
+    x = graph.values([node], **arguments)[node].detach()
+    text = inputs["encoder_hidden_states"].shape[1]
+    assert found.hidden.count.tolist() == [2 * (x.shape[1] - text), 2 * text]
+    rows = x[:, :text] if first else x[:, -text:]
+    kept = found.sample.x[found.sample.group == 1]
+    assert (torch.cdist(rows.flatten(0, 1).double(), kept.double()).min(1).values < 1e-5).all()
 
 
 def test_parts_merge_to_the_whole_and_the_sample_stays_bounded(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from moefx.passes.calibration.layer import LayerStatistics, Sample
 class Calibration:
     """Statistics of every feed-forward network of a model.
 
-    A token's group is ``branch · buckets + bucket``; buckets cut the range of timesteps into equal parts.
+    A token's group is ``(branch · modalities + modality) · buckets + bucket``; buckets cut the range of timesteps into
+    equal parts, and a layer has more than one modality where text and image tokens go through it together.
 
     Attributes:
         model: class name of the calibrated model.
@@ -34,11 +35,6 @@ class Calibration:
     branches: tuple[str, ...]
     layers: dict[str, LayerStatistics] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def groups(self) -> int:
-        """Branches times buckets."""
-        return len(self.branches) * self.buckets
 
     @property
     def edges(self) -> list[float]:

@@ -27,6 +27,7 @@ from moefx.passes.analysis import Facts, Site, analyse
 from moefx.passes.analysis.conditioning import TIMESTEP
 from moefx.passes.calibration.calibration import Calibration
 from moefx.passes.calibration.layer import LayerStatistics
+from moefx.passes.calibration.modality import JOINT, modality, text_tokens
 from moefx.passes.rewrite.dense import dense_weights, hidden_function
 
 Batch = Any
@@ -92,6 +93,7 @@ class _Run:
     def __init__(self, graph: Graph, sites: dict[str, list[Site]], values: dict[Node, Any], timestep: Tensor | None):
         self.graph, self.sites, self.values, self.timestep = graph, sites, values, timestep
         self.gradients: dict[Node, Tensor] = {}
+        self.text = {site.name: text_tokens(analyse(graph), site) for calls in sites.values() for site in calls}
 
 
 class _Runner:
@@ -149,29 +151,34 @@ class _Runner:
             if why:
                 calibration.skipped[name] = why
                 continue
-            layer = calibration.layers.get(name) or self._layer(calibration, name, calls[0])
+            layer = calibration.layers.get(name) or self._layer(calibration, name, run)
             calibration.layers[name] = layer
             weights, act = dense_weights(calls[0], run.graph), hidden_function(calls[0])
             draws = self.draws.setdefault(name, self._generator(name))
             for site in calls:
                 axis = int(site.shapes["axis"])
                 x = run.values[site.operands["x"]].detach().movedim(axis, -1)
-                group = branch * calibration.buckets + _token_buckets(calibration, run.timestep, x)
+                kind = modality(run.text[site.name], x.shape[0], x[0].numel() // x.shape[-1], x.device)
+                place = branch * len(layer.modalities) + kind
+                group = place * calibration.buckets + _token_buckets(calibration, run.timestep, x)
                 gradient = run.gradients.get(site.output)
                 if gradient is not None:
                     gradient = gradient.movedim(axis, -1).reshape(-1, gradient.shape[axis])
                 layer.add(x.reshape(-1, x.shape[-1]), group, weights, act, draws, gradient)
 
-    def _layer(self, calibration: Calibration, name: str, site: Site) -> LayerStatistics:
+    def _layer(self, calibration: Calibration, name: str, run: _Run) -> LayerStatistics:
+        site = run.sites[name][0]
+        kinds = JOINT if run.text[site.name] else (site.role,)
         sizes = (int(site.shapes["D"]), int(site.shapes["F"]), int(site.shapes["D_out"]))
         return LayerStatistics(
             name,
             site.role,
             sizes,
             "w_gate" in site.operands,
-            calibration.groups,
+            len(calibration.branches) * len(kinds) * calibration.buckets,
             self.options["samples"],
             self.options["active"],
+            modalities=kinds,
         )
 
     def _generator(self, name: str) -> torch.Generator:

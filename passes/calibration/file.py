@@ -33,6 +33,7 @@ class _Layer(_Data):
     gated: bool
     size: int = Field(ge=1)
     active: int = Field(ge=1)
+    modalities: tuple[str, ...] = Field(min_length=1, max_length=64)
 
 
 class _Header(_Data):
@@ -48,8 +49,7 @@ class _Header(_Data):
 def write(calibration: Calibration, path: str | os.PathLike[str]) -> None:
     """Write the file beside its place and rename it."""
     layers = [
-        _Layer(name=s.name, role=s.role, sizes=s.sizes, gated=s.gated, size=s.size, active=s.active)
-        for s in calibration.layers.values()
+        _Layer(**{field: getattr(s, field) for field in _Layer.model_fields}) for s in calibration.layers.values()
     ]
     header = _Header(
         schema_version=SCHEMA,
@@ -90,8 +90,7 @@ def read(path: str | os.PathLike[str]) -> Calibration:
     except Exception as error:  # safetensors' own error type derives from Exception alone
         raise _unsafe(target, f"no safetensors file: {error}") from error
     header = _header(target, text)
-    groups = header.buckets * len(header.branches)
-    layers = {spec.name: _layer(target, i, spec, groups, tensors) for i, spec in enumerate(header.layers)}
+    layers = {spec.name: _layer(target, i, spec, header, tensors) for i, spec in enumerate(header.layers)}
     if tensors:
         raise _unsafe(target, f"unknown tensors: {', '.join(sorted(tensors)[:4])}")
     return Calibration(header.model, header.buckets, header.span, header.branches, layers, dict(header.skipped))
@@ -111,8 +110,9 @@ def _header(path: Path, text: str) -> _Header:
         raise _unsafe(path, f"header, {'.'.join(map(str, first['loc'])) or 'text'}: {first['msg']}") from error
 
 
-def _layer(path: Path, i: int, spec: _Layer, groups: int, tensors: dict[str, Tensor]) -> LayerStatistics:
+def _layer(path: Path, i: int, spec: _Layer, header: _Header, tensors: dict[str, Tensor]) -> LayerStatistics:
     dim, hidden, out = spec.sizes
+    groups = header.buckets * len(header.branches) * len(spec.modalities)
     moments = {}
     for name in MOMENTS:
         width = out if name == "output" else hidden
@@ -126,7 +126,16 @@ def _layer(path: Path, i: int, spec: _Layer, groups: int, tensors: dict[str, Ten
     if rows > spec.size or (rows and not 0 <= int(group.min()) <= int(group.max()) < groups):
         raise _unsafe(path, f"the sample of {spec.name} does not fit its groups or its size")
     return LayerStatistics(
-        spec.name, spec.role, spec.sizes, spec.gated, groups, spec.size, spec.active, moments, Sample(x, group, key)
+        spec.name,
+        spec.role,
+        spec.sizes,
+        spec.gated,
+        groups,
+        spec.size,
+        spec.active,
+        moments,
+        Sample(x, group, key),
+        spec.modalities,
     )
 
 

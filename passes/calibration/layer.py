@@ -1,6 +1,6 @@
 """Statistics of one feed-forward network, and a uniform sample of what enters it.
 
-Legend: N tokens, D width, F hidden width, D_o output width, G groups = branches × buckets, S sampled tokens.
+Legend: N tokens, D width, F hidden width, D_o output width, S sampled tokens, G groups: branches, modalities, buckets.
 """
 
 from __future__ import annotations
@@ -54,10 +54,11 @@ class LayerStatistics:
 
     Attributes:
         name: of the site.
-        role: the stream it belongs to: main, context, refiner, side; the modality in models with one stream each.
+        role: the stream it belongs to: main, context, refiner, side.
         sizes: (D, F, D_o).
         gated: whether there is a gate besides the up projection.
         size: S, the most tokens kept.
+        modalities: the kinds of tokens that are told apart: the role, or ``("main", "text")`` in a joint sequence.
         hidden: moments of h.
         magnitude: of |h|.
         usage: of 1[h is among the token's ``active`` largest |h|].
@@ -76,6 +77,7 @@ class LayerStatistics:
     active: int = 10
     moments: dict[str, Moments] = field(default_factory=dict)
     sample: Sample = field(default_factory=lambda: Sample.empty(0))
+    modalities: tuple[str, ...] = ("main",)
 
     def __post_init__(self) -> None:
         dim, hidden, out = self.sizes
@@ -137,7 +139,9 @@ class LayerStatistics:
         Raises:
             InputError: they are of different networks.
         """
-        mine, theirs = ((part.name, part.sizes, part.gated, part.groups, part.active) for part in (self, other))
+        mine, theirs = (
+            (part.name, part.sizes, part.gated, part.groups, part.active, part.modalities) for part in (self, other)
+        )
         if mine != theirs:
             raise InputError(f"merge statistics of {self.name}", found=f"{theirs}, not {mine}", do="merge like layers")
         return LayerStatistics(
@@ -150,6 +154,7 @@ class LayerStatistics:
             self.active,
             {name: self.moments[name].merged(other.moments[name]) for name in MOMENTS},
             self.sample.merged(other.sample, self.size),
+            self.modalities,
         )
 
 
