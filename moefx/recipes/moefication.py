@@ -5,7 +5,7 @@ from moefx.recipes.base import Choices, Recipe, register_recipe
 RECIPE = register_recipe(
     Recipe(
         name="moefication",
-        summary="FFN -> top 20 % of the slices by foreseen activation, weight 1",
+        summary="FFN -> top-4 of 16 slices by foreseen activation, weight 1",
         paper="Zhang et al., MoEfication, arXiv 2110.01786",
         equation="y = sum_{e in topk(s)} FFN_e(x);  s = W_b tanh(W_a x / |x|)",
         passes={
