@@ -30,7 +30,7 @@ RECIPE = register_recipe(
             losses="balance 0.01",
             start="equal",
         ),
-        notes="How the gate learns is not published; a straight-through gate of value 1 is used. The time experts only: "
+        notes="How the gate learns is not published; a straight-through gate of 1 is used. The time experts only: "
         "the space experts, which prompt tokens choose and cross-attention maps place, are the block "
         "moefx.routing.space; no pass wires them in, since fused attention never forms the maps. The edge loss is not "
         "there. The deviation of the noise is not published either.",
