@@ -5,11 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
 
+from moefx import ops
 from moefx.codegen import target
 from moefx.codegen.aot import MATRIX_INSTRUCTIONS, Compiled, Job, compile_all
 from moefx.codegen.kernels import HeadAttentionSpec
 from moefx.codegen.kernels.head_attention import parts_of
+from moefx.graph import trace
+from moefx.inspect.lowered import write
 from tests.codegen_support import needs_triton
 from tests.test_codegen_kernels import interpret, why_no_interpreter
 
@@ -42,3 +47,17 @@ def test_kernels_fit_their_target(device: str, width: int) -> None:
         assert isinstance(found, Compiled), found
         assert not found.problems(chosen)
         assert found.main.count(MATRIX_INSTRUCTIONS[device]) > 0, found.main.row()
+
+
+def test_a_dump_shows_the_kernels() -> None:
+    class Layer(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
+            return ops.head_attention(q, k, v, gates)
+
+    given = (torch.randn(1, 5, 2, 8), *(torch.randn(1, 4, 2, 8) for _ in range(2)), torch.rand(1, 5, 2))
+    graph = trace(Layer(), given)
+    text = write(graph, "lowered", "text", None)
+    assert "attention of routed heads at" in text
+    assert "head_attention_keys_2x8_float32" in text
+    assert "def kernel(" in write(graph, "kernels", "text", None)
+    assert '"heads"' in write(graph, "lowered", "json", None)

@@ -63,10 +63,10 @@ class HeadAttentionSpec(Kernel):
         # Without wide tensor-core instructions operands take registers too.
         small = wide and not target.has_tma
         if self.stage == "keys":
-            return Schedule(32, 32 if single or small else 64, 16, 8 if wide else 4, 1, 1)
+            return Schedule(16 if small else 32, 32 if single or small else 64, 16, 8 if wide else 4, 1, 1)
         if single or self.stage == "queries":
             return Schedule(min(block_m, 64), 32, 16, 8 if wide else 4, 1, 1)
-        return Schedule(min(block_m, 64), 32, 16, 4, 2, 1) if small else Schedule(block_m, 64, 16, 8, 2, 1)
+        return Schedule(min(block_m, 64) if small else block_m, 64, 16, 8, 2, 1)
 
     def emit(self, schedule: Schedule) -> str:
         """Return the source of the kernel's module."""

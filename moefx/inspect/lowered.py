@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moefx.codegen import Lowering, Refusal, RegionSpec, Target, lowerings, runtime
+from moefx.codegen.attention import HeadLowering
 from moefx.codegen.schedule import load_class
 from moefx.codegen.targets import target
 from moefx.errors import NothingMatched
@@ -53,11 +54,18 @@ def regions_of(graph: Graph) -> tuple[list[RegionUse], list[Refusal]]:
         if isinstance(item, Refusal):
             refused.append(item)
             continue
+        if isinstance(item, HeadLowering):
+            continue
         rows, experts = _load(item)
         key = (item.region.key, rows, experts)
         before = uses.get(key, RegionUse(item.region, (), rows, experts, item.notes))
         uses[key] = dataclasses.replace(before, sites=(*before.sites, item.name))
     return list(uses.values()), refused
+
+
+def heads_of(graph: Graph) -> list[HeadLowering]:
+    """Return the attentions of routed heads of a graph in execution order."""
+    return [item for item in lowerings(graph) if isinstance(item, HeadLowering)]
 
 
 def some_regions_of(graph: Graph) -> list[RegionUse]:
@@ -98,6 +106,8 @@ def lowered_text(graph: Graph, device: Target) -> str:
         for kernel, how in zip(use.region.kernels, described, strict=False):
             lines.append(f"  {kernel.name}{f': {device.name}, {how}' if how else ''}")
         lines += [f"  ends there because {note}" for note in use.notes]
+    for head in heads_of(graph):
+        lines += ["", f"attention of routed heads at {head.name}", *(f"  {spec.name}" for spec in head.specs)]
     for item in refused:
         lines += ["", f"not lowered: {item.name}", f"  because {item.reason}"]
     return "\n".join(clean(line) for line in lines) + "\n"
@@ -123,14 +133,16 @@ def lowered_json(graph: Graph, device: Target) -> dict[str, Any]:
             }
             for use in uses
         ],
+        "heads": [{"site": item.name, "kernels": [spec.name for spec in item.specs]} for item in heads_of(graph)],
         "refused": [{"site": item.name, "reason": item.reason} for item in refused],
     }
 
 
 def sources_of(graph: Graph, device: Target) -> dict[str, str]:
     """Return the emitted modules of all regions by name, each once."""
-    found: dict[str, str] = {}
-    for use in some_regions_of(graph):
+    heads = heads_of(graph)
+    found = {s.name: s.emit(s.schedule(device, 1024, 128)) for head in heads for s in head.specs}
+    for use in regions_of(graph)[0] if heads else some_regions_of(graph):
         found |= runtime.sources(use.region, device, use.rows, use.experts)
     return found
 
