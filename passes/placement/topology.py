@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from importlib import import_module
@@ -335,6 +336,17 @@ def _parse_yaml(text: str, asked: str) -> Any:
     except ModuleNotFoundError as error:
         raise InputError(asked, found="PyYAML is not installed", do="pip install pyyaml, or write JSON") from error
     try:
-        return yaml.safe_load(text)
+        return _with_numbers(yaml.safe_load(text))
     except yaml.YAMLError as error:
         raise UnsafeInputError(asked, found=str(error), do="pass a JSON or YAML file") from error
+
+
+def _with_numbers(data: Any) -> Any:
+    """Return parsed YAML with ``1e-5`` as a number: YAML 1.1 takes it for text unless there is a point in it."""
+    if isinstance(data, dict):
+        return {key: _with_numbers(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_with_numbers(value) for value in data]
+    if isinstance(data, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d+", data, flags=re.IGNORECASE):
+        return float(data)
+    return data
