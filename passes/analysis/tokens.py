@@ -146,6 +146,8 @@ class _Finder:
         expected = [(str(a.expected), str(b.expected)) for a, b in zip(one.guards, two.guards, strict=False)]
         if not same or len(one.guards) != len(two.guards) or any(a != b for a, b in expected):
             raise NotByToken("its forward depends on the number of tokens")
+        ints = [(a, a.meta.get("val"), b.meta.get("val")) for a, b in zip(self.nodes, others, strict=True)]
+        self._lengths = {a for a, m, n in ints if isinstance(m, int) and m != n}
         grown = {}
         for a, b in zip(self.nodes, others, strict=True):
             before, after = shape(a), shape(b)
@@ -178,6 +180,8 @@ class _Finder:
             read = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor | tuple | list)]
             read = [n for n in read if n.op != "get_attr"]
             if node.op != "output" and read and all(n in shared for n in read) and self._what(node).kind != "size":
+                if self._lengths.intersection(node.all_input_nodes):
+                    raise NotByToken(f"{node.name} gives a table the length of the sequence")
                 shared[node] = None
         return shared
 

@@ -250,8 +250,9 @@ class BlockChoicePass(_Blocks):
         gates = splice.call_module(name, (*streams, *taps), around=first, val=shape)
         for i, member in enumerate(members):
             for entry, exit_ in zip(member.entries, member.exits, strict=True):
-                before = _now(context.node(member.call), context.node(entry))
-                self._gate(splice, before, context.node(exit_), gates, i)
+                if exit_:
+                    before = _now(context.node(member.call), context.node(entry))
+                    self._gate(splice, before, context.node(exit_), gates, i)
         child: nn.Module = router.train(context.graph.root.training)
         return Edit(routed=child, children={name: child})
 
