@@ -6,7 +6,8 @@ whole model's example inputs.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -162,7 +163,25 @@ def example_call(module: nn.Module, inputs: JSON, mode: FakeTensorMode) -> tuple
 
 def _capture(module: nn.Module, inputs: JSON, leaf: Literal["nn", "children"], expand: Collection[str]) -> Graph:
     call = example_call(module, inputs, FakeTensorMode(allow_non_fake_inputs=True))
-    return trace(module, call, leaf=leaf, expand=expand)
+    with _buffers_on_meta(module):
+        return trace(module, call, leaf=leaf, expand=expand)
+
+
+@contextmanager
+def _buffers_on_meta(module: nn.Module) -> Iterator[None]:
+    """Let a module on meta have its buffers there too: those that are not saved are real while a model is loaded."""
+    real: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    if any(parameter.is_meta for parameter in module.parameters()):
+        for owner in module.modules():
+            found = [(n, b) for n, b in owner._buffers.items() if b is not None and not b.is_meta]
+            real += [(owner._buffers, name, buffer) for name, buffer in found]
+    for buffers, name, buffer in real:
+        buffers[name] = buffer.to("meta")
+    try:
+        yield
+    finally:
+        for buffers, name, buffer in real:
+            buffers[name] = buffer
 
 
 def _set_mode(module: nn.Module, training: bool) -> None:

@@ -20,7 +20,10 @@ from moefx.passes.analysis.tokens import Follow, NotByToken
 
 @dataclass(frozen=True)
 class Member:
-    """One block of a segment: the node of its call, and its streams' nodes before and after, the tokens' first."""
+    """One block of a segment: the node of its call, and its streams' nodes before and after, the tokens' first.
+
+    The exit of a stream that nothing reads afterwards, such as the text behind the last block, is "".
+    """
 
     call: str
     entries: tuple[str, ...]
@@ -66,7 +69,7 @@ def segment_layout(
         pairs = [(a, b) for a, b in zip(outer, inner, strict=True) if isinstance(a, Node) and isinstance(b, Node)]
         streams = sorted(site.operands["streams"], key=lambda pair: pair[1] is not site.output)
         entries = tuple(_find(pairs, entry, path).name for entry, _ in streams)
-        exits = tuple(_exit(node, call, leaving, path).name for _, leaving in streams)
+        exits = tuple(_exit(node, call, leaving, path, needed=leaving is site.output) for _, leaving in streams)
         if members and any(a != b for a, b in zip(members[-1].exits, entries, strict=False)):
             raise NotByToken(f"{path!r} does not read what the block before it returned")
         members.append(Member(node.name, entries, exits))
@@ -83,15 +86,15 @@ def _find(pairs: Sequence[tuple[Node, Node]], wanted: Node, path: str) -> Node:
     return found
 
 
-def _exit(node: Node, call: ModuleCall, leaving: Node, path: str) -> Node:
-    """Return the local node of what a block returns as ``leaving``."""
+def _exit(node: Node, call: ModuleCall, leaving: Node, path: str, *, needed: bool) -> str:
+    """Return the local node of what a block returns as ``leaving``; "" where nothing reads it."""
     output: Any = call.output
     if output is leaving:
-        return node
+        return node.name
     if isinstance(output, tuple | list):
         for i, leaf in enumerate(output):
             if leaf is leaving:
                 found = [u for u in node.users if len(u.args) == 2 and u.args[0] is node and u.args[1] == i]
-                if found:
-                    return found[0]
+                if found or not needed:
+                    return found[0].name if found else ""
     raise NotByToken(f"{path!r} returns its stream within something else")
