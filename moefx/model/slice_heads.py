@@ -85,8 +85,10 @@ def _slice_site(graph: Graph, site: Site, gates: Mapping[str, ConstantGates], ch
         children[str(call.target)] = gates[str(call.target)].only(heads)
         out, columns = _columns(graph, call, heads, total)
         children[out] = _narrowed(children.get(out, graph.root.get_submodule(out)), columns, 1)
+    size = int(site.shapes["head_dim"])
+    fewer = {total: len(heads), total * size: len(heads) * size}
     for node in region:
-        _rewrite_sizes(node, total, len(heads))
+        _rewrite_sizes(node, fewer)
 
 
 def _region(graph: Graph, site: Site) -> set[Node]:
@@ -161,16 +163,26 @@ def _columns(graph: Graph, call: Node, heads: tuple[int, ...], total: int) -> tu
     return str(node.target), features[~mine | np.isin(head, heads)]
 
 
-def _rewrite_sizes(node: Node, total: int, left: int) -> None:
-    """Replace the number of heads where the block's code wrote it into a shape."""
+def _rewrite_sizes(node: Node, fewer: Mapping[int, int]) -> None:
+    """Replace the number of heads, and of their features, where the block's code wrote them into a shape."""
 
     def change(value: Any) -> Any:
-        return left if type(value) is int and value == total else value
+        if isinstance(value, Node) and _is_width(value):
+            return fewer.get(value.meta["val"], value)
+        return fewer.get(value, value) if type(value) is int else value
 
     shaping = node.op == "call_method" and node.target in _SHAPING
     if shaping or (node.op == "call_function" and node.target in _ARITHMETIC):
         node.args = map_aggregate(node.args, change)
         node.kwargs = map_aggregate(node.kwargs, change)
+
+
+def _is_width(node: Node) -> bool:
+    """Whether a node asks for the last size of a value: a number of features, not of tokens or samples."""
+    if node.op != "call_method" or node.target != "size" or len(node.args) < 2:
+        return False
+    asked = node.args[0]
+    return isinstance(asked, Node) and node.args[1] in (-1, asked.meta["val"].ndim - 1)
 
 
 def _narrowed(module: nn.Module, keep: np.ndarray[Any, Any], dim: int) -> nn.Linear:
