@@ -43,6 +43,7 @@ from moefx.parallel import (
     switch,
 )
 from moefx.passes.placement import ModelDims, Placement, Replica, Topology, TraceCollector, Window, place
+from moefx.routing import DenseFFN, random_weights
 from tests.placement_worker import EXPERTS, TOP_K, WIDTH, Net, Numbers, compare, error, placement, shards
 
 HOMES = ((0, 1, 1, 0, 1, 0), (1, 0, 1, 1, 1, 0))
@@ -72,6 +73,26 @@ def chunks_overlap() -> Numbers:
     gated = compare(Net(torch.float64, gated=True), with_copies(local_first=False), [9, 14], torch.float64, chunks=2)
     empty = compare(Net(torch.float64), placement((0,) * 6, (1,) * 6), [5, 0], torch.float64, chunks=2)
     return {key: max(plain[key], gated[key], empty[key]) for key in plain}
+
+
+def shared_experts_overlap() -> Numbers:
+    """Shared experts computed while rows travel give the same, and are called once."""
+    found: Numbers = {}
+    for chunks in (1, 3):
+        net = Net(torch.float64)
+        draws = torch.Generator().manual_seed(3)
+        for ffn in net.ffns:
+            ffn.shared = DenseFFN(random_weights(WIDTH, 10, generator=draws), nn.functional.gelu).double()
+        names = list(net.state_dict())
+        calls: list[int] = []
+        net.ffns[0].shared.register_forward_hook(lambda *_, seen=calls: seen.append(1))
+        options = {"chunks": chunks, "overlap_shared": True}
+        for key, value in compare(net, placement(*HOMES), [17, 2], torch.float64, **options).items():
+            found[key] = max(float(value), float(found.get(key, 0.0)))
+        found["names"] = float(list(net.state_dict()) != names)
+        # `compare` runs the model of one process on two parts and this one on its own; hooks are shared by copies.
+        found["calls"] = max(float(found.get("calls", 0.0)), float(sum(calls) != 3))
+    return found
 
 
 def once_per_rank() -> Numbers:
@@ -453,6 +474,7 @@ GROUPS: dict[str, list[Callable[[], Numbers]] | Callable[[Path], Numbers]] = {
         copies_local_first,
         copies_follow_training_and_loading,
         chunks_overlap,
+        shared_experts_overlap,
         once_per_rank,
         once_saves_bytes,
         random_schedules_end,

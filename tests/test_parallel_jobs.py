@@ -45,6 +45,7 @@ def test_copies_windows_and_bytes_on_two_processes(tmp_path: Path) -> None:
         "copies_local_first",
         "copies_follow_training_and_loading",
         "chunks_overlap",
+        "shared_experts_overlap",
         "once_per_rank",
         "once_saves_bytes",
         "random_schedules_end",

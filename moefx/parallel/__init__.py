@@ -1,8 +1,9 @@
 """Parallel execution: a placement carried out with torch.distributed, gloo on CPU and NCCL on GPU.
 
 ``parallelize`` the entry, ``roster`` who holds what, ``experts`` what replaces the experts of a layer, ``exchange``
-rows between processes with gradients, ``switch`` from one layout to another, ``agree`` errors on every rank, ``state``
-gradients and state as one process would have them, ``shards`` checkpoints.
+rows between processes with gradients, ``dispatch`` other ways to send them, ``overlap`` of shared experts, ``switch``
+from one layout to another, ``agree`` errors on every rank, ``state`` gradients and state as one process would have
+them, ``shards`` checkpoints.
 """
 
 from moefx.parallel.exchange import LostRankError, count_wire_bytes

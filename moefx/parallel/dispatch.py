@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moefx import ops
 from moefx.parallel.exchange import Flight, exchange, exchange_counts, sorted_rows
+from moefx.parallel.overlap import compute_ahead
 from moefx.parallel.roster import Roster
 from moefx.routing.weights import FFNWeights
 
@@ -24,6 +25,7 @@ class Layer(Protocol):
     rank: int
     group: str
     chunks: int
+    meanwhile: tuple[nn.Module, ...]
     slot_bounds: Tensor
 
     def held(self) -> FFNWeights:
@@ -55,6 +57,8 @@ def send_in_chunks(layer: Layer, x_TD: Tensor, slots_TK: Tensor, gates_TK: Tenso
         rows_RD = sorted_rows(part_TD, order_R, k)
         kept_RD, _ = torch.split(rows_RD, [sum(leaving), len(order_R) - sum(leaving)])
         flights.append(Flight(kept_RD, leaving, coming, layer.group))
+    for shared in layer.meanwhile:
+        compute_ahead(shared, x_TD)
     returns = []
     for c, flight in enumerate(flights):
         done_AD = layer.compute(weights, flight.finish(), arrivals[:, :, c], sum(flight.received))

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import guard_or_true
 
 from moefx import ops
@@ -47,6 +47,7 @@ class ParallelExperts(Experts):
         group: name of the process group of the G ranks.
         chunks: r.
         once: send a token to each rank at most once.
+        shared: to compute ahead while rows travel; see :mod:`moefx.parallel.overlap`.
 
     Attributes:
         num_experts: E; ``w_in`` and the other stacked parameters hold those of ``local_experts`` only, in that order.
@@ -59,7 +60,15 @@ class ParallelExperts(Experts):
     by_expert = None  # type: ignore[assignment]
 
     def __init__(
-        self, experts: Experts, roster: Roster, rank: int, group: str, *, chunks: int = 1, once: bool = False
+        self,
+        experts: Experts,
+        roster: Roster,
+        rank: int,
+        group: str,
+        *,
+        chunks: int = 1,
+        once: bool = False,
+        shared: nn.Module | None = None,
     ) -> None:
         super().__init__(_take(experts.weights(), roster.homes[rank]), experts.act)
         self.b_out = experts.b_out
@@ -68,6 +77,8 @@ class ParallelExperts(Experts):
         self.num_experts = experts.num_experts
         self.rank, self.group, self.roster = rank, group, roster
         self.chunks, self.once = chunks, once
+        # A tuple, so that it is no submodule.
+        self.meanwhile: tuple[nn.Module, ...] = () if shared is None else (shared,)
         self._copied: FFNWeights | None = None
         self._register_tables(experts.w_in.device)
         self.train(experts.training)
@@ -93,7 +104,7 @@ class ParallelExperts(Experts):
             self._register_tables(x_TD.device)
         if self.once:
             return self._with_bias(send_once(self, x_TD, self._slots(experts_TK), gates_TK))
-        if self.chunks > 1:
+        if self.chunks > 1 or self.meanwhile:
             return self._with_bias(send_in_chunks(self, x_TD, self._slots(experts_TK), gates_TK))
         per_rank = self.roster.slots_per_rank
         order_R, offsets = ops.group(self._slots(experts_TK), sum(per_rank))

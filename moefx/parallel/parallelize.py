@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moefx.errors import InputError, MoefxError, OptionError, PlanError
 from moefx.parallel.agree import agree, structure_digest, text_digest, weights_digest
 from moefx.parallel.experts import ParallelExperts
+from moefx.parallel.overlap import prepare
 from moefx.parallel.roster import Roster
 from moefx.passes.placement import ModelDims, Placement, routed_layers
 from moefx.routing.experts import Experts
@@ -33,6 +34,7 @@ def parallelize(
     *,
     chunks: int = 1,
     once: bool = False,
+    overlap_shared: bool = False,
     verify: bool = True,
 ) -> Model:
     """Keep on each process only its experts, in place, and return ``model``.
@@ -54,6 +56,7 @@ def parallelize(
         chunks: parts of the tokens, of which one travels while another is computed; ``best_degree`` of
             :mod:`moefx.passes.schedule` finds how many.
         once: send a token to each rank at most once, however many of its experts live there.
+        overlap_shared: compute shared experts while rows travel. Do not divide these modules by FSDP on their own.
         verify: compare the weights of all ranks first, which reads each weight once.
 
     Raises:
@@ -68,15 +71,14 @@ def parallelize(
     facts = {"the placements": _NO_DIGEST, "the models' parameters": _NO_DIGEST, "the models' weights": _NO_DIGEST}
     try:
         _check(model, group, placement, asked)
-        if not isinstance(chunks, int) or chunks < 1 or (once and chunks > 1):
-            raise OptionError(
-                asked, found=f"chunks = {chunks!r}, once = {once}", do="use chunks >= 1, and once with one chunk only"
-            )
+        if not isinstance(chunks, int) or chunks < 1 or (once and (chunks > 1 or overlap_shared)):
+            found = f"chunks = {chunks!r}, once = {once}, overlap_shared = {overlap_shared}"
+            raise OptionError(asked, found=found, do="use chunks >= 1, and once without chunks and overlap")
     except MoefxError as error:
         problem = error
     else:
         weights = weights_digest(model) if verify else _NO_DIGEST
-        plan = text_digest(f"{placement.digest.hex()} {chunks} {once}")
+        plan = text_digest(f"{placement.digest.hex()} {chunks} {once} {overlap_shared}")
         facts = dict(zip(facts, (plan, structure_digest(model), weights), strict=True))
     for ranks in (group, data):  # first within each set of experts, then across the sets
         if ranks is not None:
@@ -86,8 +88,9 @@ def parallelize(
     rank, layout = dist.get_rank(own), placement.layouts[0]
     for i, layer in enumerate(routed_layers(model).values()):
         assert isinstance(layer.experts, Experts)
+        shared = prepare(layer) if overlap_shared else None
         layer.experts = ParallelExperts(
-            layer.experts, Roster.of(layout, i), rank, own.group_name, chunks=chunks, once=once
+            layer.experts, Roster.of(layout, i), rank, own.group_name, chunks=chunks, once=once, shared=shared
         )
     model.__dict__[PLACEMENT] = placement
     model.__dict__[DATA_GROUP] = None if data is None else data.group_name
