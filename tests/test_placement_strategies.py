@@ -367,3 +367,10 @@ def test_predictions_are_those_of_a_hand_computation() -> None:
     moving = predict(swapped, trace, two_boxes(1e-3), dims)
     assert moving.moving_s == pytest.approx(1.0 - moving.step_s[0]), "one expert each way, both links at once"
     assert moving.link_bytes["p->q"] == seen.link_bytes["p->q"] + 1000
+
+
+def test_the_page_lists_every_strategy_as_it_is() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "placement.md").read_text()
+    rows = [f"| `{s.name}` | {s.goal} | {'yes' if s.copies else ''} | {s.summary} |" for s in ALL]
+    start = page.index("| strategy | makes small |")
+    assert page[start : page.index("\n\n", start)].splitlines()[2:] == rows
