@@ -45,7 +45,7 @@ class SitePlan(_Data):
     flavour: str
     role: str
     rule: str
-    tier: Literal["module", "block"]
+    tier: Literal["module", "block", "call"]
     module: str | None
     module_inputs: JSON | None = None
     block: str | None = None

@@ -24,7 +24,7 @@ from moefx.passes.analysis import Facts, analyse
 from moefx.passes.analysis.local import weight_names
 from moefx.passes.analysis.site import Site
 from moefx.passes.analysis.tokens import NotByToken
-from moefx.passes.rewrite.base import BlockPass, Pass, SegmentPass
+from moefx.passes.rewrite.base import BlockPass, CallPass, Pass, SegmentPass
 
 
 class Skip(Exception):
@@ -137,6 +137,8 @@ def _plan_site(graph: Graph, facts: Facts, rule: Pass, site: Site) -> SitePlan:
 
 def _where(graph: Graph, facts: Facts, rule: Pass, site: Site, call: ModuleCall | None) -> dict[str, Any]:
     """Return the fields of a site's plan that say where it is realised."""
+    if isinstance(rule, CallPass):
+        return {"tier": "call", "module": None, **_plan_call(graph, facts, site)}
     if isinstance(rule, SegmentPass):
         return {"tier": "block", "module": None, **_plan_segment(graph, facts, rule, site)}
     if site.kind == "block":
@@ -147,6 +149,16 @@ def _where(graph: Graph, facts: Facts, rule: Pass, site: Site, call: ModuleCall 
     if not rule.taps and _single_input(call) is site.operands["x"]:
         return {"tier": "module", **module}
     return {"tier": "block", **module, **_plan_block(graph, facts, rule, site, _parent(site.path))}
+
+
+def _plan_call(graph: Graph, facts: Facts, site: Site) -> dict[str, Any]:
+    """Find the module that is the site and nothing else."""
+    calls = [c for c in graph.calls if c.path == site.path]
+    whole = {s.path for s in facts.sites if s.kind == "block"} | {""}
+    shared = any(s is not site and s.kind != "block" and s.path == site.path for s in facts.sites)
+    if len(calls) != 1 or site.path in whole or shared:
+        raise Skip("it is no module of its own that is called once")
+    return {"block": site.path, "block_inputs": call_inputs(calls[0])}
 
 
 def _call(graph: Graph, site: Site) -> ModuleCall | None:

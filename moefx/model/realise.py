@@ -6,6 +6,7 @@ returned.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from moefx.errors import PlanError
 from moefx.graph import Graph
 from moefx.graph.splice import Splice
 from moefx.graph.verify import verify_graph
-from moefx.model.forward import has_own_forward, make_forward
+from moefx.model.forward import Forward, has_own_forward, make_forward
 from moefx.model.install import Change
 from moefx.model.local import JSON, empty_dicts, encode, local_graph, output_flag
 from moefx.model.plan import Plan, SitePlan
@@ -30,6 +31,7 @@ from moefx.passes.calibration import Calibration
 from moefx.passes.rewrite.base import (
     BlockContext,
     BlockPass,
+    CallPass,
     Context,
     Edit,
     Pass,
@@ -84,7 +86,45 @@ def realise(
         made_changes, mades = _rewrite_block(model, path, list(group), rules, plan.seed, common)
         changes += made_changes
         built += mades
+    calls = [(site, rule) for site in plan.sites if isinstance(rule := rules[site.rule], CallPass)]
+    for site, rule in calls:
+        change = _wrap_call(model, plan, site, rule, changes)
+        changes.append(change)
+        child = change.children[rule.child]
+        assert child is not None
+        built.append(Realised(site, rule, None, None, child))
     return changes, built
+
+
+def _wrap_call(model: nn.Module, plan: Plan, site: SitePlan, rule: CallPass, changes: list[Change]) -> Change:
+    """Let a child decide when a module runs; on top of what its own forward was rewritten to, if it was.
+
+    Raises:
+        PlanError: another pass replaces the module, or writes it out in the forward around it.
+    """
+    path = site.block or ""
+    written = {f"{s.block}.{inner}" for s in plan.sites for inner in s.expand}
+    if path in written or any(s.module == path for s in plan.sites):
+        raise PlanError(
+            f"apply {rule.name} to {path!r}",
+            found="another pass of this transform takes the module apart or replaces it",
+            do="leave this site out of one of them with skip=",
+        )
+    module = find_module(model, path)
+    before = next((c for c in changes if c.path == path), Change(path))
+    forward = before.forward or type(module).forward
+    return Change(path, {**before.children, rule.child: rule.around(module)}, called_by(forward, rule.child))
+
+
+@functools.cache
+def called_by(forward: Forward, child: str) -> Forward:
+    """Return a method that lets the module's ``child`` run ``forward``."""
+
+    @functools.wraps(forward)
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self, child)(lambda: forward(self, *args, **kwargs))
+
+    return called
 
 
 def find_module(model: nn.Module, path: str) -> nn.Module:

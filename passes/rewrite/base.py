@@ -268,6 +268,19 @@ class SegmentPass(Pass):
         """Change ``context.graph``, never its root, and return the children that it now needs."""
 
 
+class CallPass(Pass):
+    """A pass that changes when a whole module runs, not what it computes.
+
+    The module gets a child, ``child``, which its forward calls with a function that runs what the forward was.
+    """
+
+    child: ClassVar[str]
+
+    @abstractmethod
+    def around(self, module: nn.Module) -> nn.Module:
+        """Return the child for ``module``; its forward maps ``() -> output`` to an output."""
+
+
 def _generator(seed: int, name: str, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}/{purpose}".encode()))
 
