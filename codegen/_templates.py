@@ -260,7 +260,13 @@ def kernel(
 {% if weighted %}
     weights_ptr,  # float32 [T, k], contiguous
 {% endif %}
+{% for kind in operands %}
+    z{{ loop.index }}_ptr,  # {{ dtype }} {{ {"row": "[T, D]", "sample": "[B, D]", "column": "[D]"}[kind] }}, contiguous
+{% endfor %}
     out_ptr,  # {{ dtype }} [T, D]
+{% if "sample" in operands %}
+    sample_tokens,  # T / B
+{% endif %}
 ):
     """One token and {{ block_n }} columns: slots are added in order, so the result does not depend on scheduling."""
     token = tl.program_id(0).to(tl.int64)
@@ -277,6 +283,20 @@ def kernel(
         row = tl.load(rows_ptr + position * {{ n }} + col)
 {% endif %}
         total += {{ "weight * " if weighted }}row.to(tl.float32)
+{% if operands %}
+
+    # What follows in the model, in float32.
+    z0 = total
+{% for kind in operands %}
+{% set at = {"row": "token * %d + col" % n, "sample": "token // sample_tokens * %d + col" % n, "column": "col"}[kind] %}
+{% set mask = ", mask=col < %d, other=0.0" % n if mask_n else "" %}
+    z{{ loop.index }} = tl.load(z{{ loop.index }}_ptr + {{ at }}{{ mask }}).to(tl.float32)
+{% endfor %}
+{% for statement in statements %}
+    {{ statement }}
+{% endfor %}
+    total = {{ result }}
+{% endif %}
 {% if mask_n %}
     tl.store(out_ptr + token * {{ n }} + col, total.to(out_ptr.dtype.element_ty), mask=col < {{ n }})
 {% else %}
@@ -284,8 +304,14 @@ def kernel(
 {% endif %}
 
 
-def launch(rows, order, position, {{ weights }}out):
+def launch(rows, order, position, {{ weights }}{{ more }}out):
     """Write ``out`` [T, D]; ``position`` int64 [T * k] is scratch."""
     invert[(triton.cdiv(order.shape[0], 1024),)](order, position, order.shape[0], BLOCK=1024)
-    kernel[(out.shape[0], {{ column_tiles }})](rows, position, {{ weights }}out, num_warps={{ num_warps }})
+{% if "sample" in operands %}
+    sample_tokens = out.shape[0] // z{{ operands.index("sample") + 1 }}.shape[0]
+    grid = (out.shape[0], {{ column_tiles }})
+    kernel[grid](rows, position, {{ weights }}{{ more }}out, sample_tokens, num_warps={{ num_warps }})
+{% else %}
+    kernel[(out.shape[0], {{ column_tiles }})](rows, position, {{ weights }}{{ more }}out, num_warps={{ num_warps }})
+{% endif %}
 '''

@@ -127,6 +127,8 @@ def arguments(spec: KernelSpec) -> list[Any]:
         flat = tokens * slots
         shapes: list[Any] = [[item, [flat, spec.features]], ["i64", [flat]], ["i64", [flat]]]
         shapes += [["fp32", [tokens, slots]]] if spec.weighted else []
+        leading = {"row": [tokens], "sample": [2], "column": []}
+        shapes += [[item, [*leading[kind], spec.features]] for kind in spec.operands]
         return [*shapes, [item, [tokens, spec.features]]]
     rows = _ROWS * (spec.top_k if spec.gather else 1)
     weights, biases = operand_names(spec)

@@ -124,13 +124,18 @@ def meaning(spec: LinearSpec) -> str:
 def emit_combine(spec: CombineSpec) -> str:
     """Return the source of the weighted, deterministic sum over slots."""
     columns, warps = combine_columns(spec)
+    tail = spec.tail
     factor = "weights[t, s] * " if spec.weighted else ""
     return render(
         _templates.COMBINE,
         title=f"{spec.name}: {'weighted ' if spec.weighted else ''}sum of the {spec.top_k} rows of each token.",
         meaning=f"out[t] = sum over slots s of {factor}rows[position[t * {spec.top_k} + s]], in float32",
         facts=f"D = {spec.features}; {columns} columns per program, {warps} warps.",
-        helpers=[],
+        helpers=[_templates.HELPERS[name] for name in tail.helpers],
+        operands=spec.operands,
+        more="".join(f"z{i + 1}, " for i in range(len(spec.operands))),
+        statements=tail.triton(),
+        result=tail.result if isinstance(tail.result, str) else f"(z0 * 0.0 + {tail.result!r})",
         dtype=spec.dtype,
         weighted=spec.weighted,
         weights="weights, " if spec.weighted else "",

@@ -105,7 +105,7 @@ class _Reader:
         self.env: dict[fx.Node, Any] = {}
         self.halves = False
         self.whole = False
-        self.b = Builder(2)
+        self.b = Builder(max(2, inputs))
 
     def read(self, graph: fx.Graph) -> Pointwise:
         result: Any = None

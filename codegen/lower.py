@@ -22,6 +22,7 @@ from moefx.codegen.epilogue import trace_pointwise
 from moefx.codegen.pointwise import Pointwise
 from moefx.codegen.reasons import CannotLower
 from moefx.codegen.spec import CombineSpec, LinearSpec, RegionSpec
+from moefx.codegen.tail import Tail, tail_of
 
 if TYPE_CHECKING:
     from moefx.codegen.attention import HeadLowering
@@ -51,6 +52,8 @@ class Lowering:
     output: fx.Node
     #: Why the region is not larger, if there was more to fuse.
     notes: tuple[str, ...] = ()
+    #: What has the shape of ``output``, where that is not the region's.
+    like: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -86,13 +89,14 @@ def operands(node: fx.Node) -> dict[str, Any]:
     return dict.fromkeys(_ARGUMENTS[name]) | dict(zip(_ARGUMENTS[name], node.args, strict=False)) | named
 
 
-def lowerings(graph: Any) -> list[Lowering | HeadLowering | Refusal]:
+def lowerings(graph: Any, tails: bool = False) -> list[Lowering | HeadLowering | Refusal]:
     """Return every routed region, and every attention of routed heads, of a graph in execution order.
 
-    ``graph`` is a :class:`torch.fx.GraphModule` (dynamo, export) or a traced graph with ``fx`` and ``root``.
+    ``graph`` is a :class:`torch.fx.GraphModule` (dynamo, export) or a traced graph with ``fx`` and ``root``. With
+    ``tails`` what follows a combine is computed with it; such a region has no gradient.
     """
     is_module = isinstance(graph, fx.GraphModule)
-    finder = _Finder(graph.graph if is_module else graph.fx, graph if is_module else graph.root)
+    finder = _Finder(graph.graph if is_module else graph.fx, graph if is_module else graph.root, tails)
     return finder.find()
 
 
@@ -109,6 +113,7 @@ class _Chain:
     combine: CombineSpec | None = None
     gates: list[fx.Node] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    like: fx.Node | None = None
 
     def __post_init__(self) -> None:
         self.first = operands(self.last[0])
@@ -141,18 +146,26 @@ class _Chain:
         self.order, self.gates = operands(sink)["order"], [operands(sink)["weights"]]
         self.combine, self.last, self.open = combine, (sink,), False
 
+    def take_tail(self, tail: Tail) -> None:
+        """Take what follows the combine."""
+        assert self.combine is not None
+        self.combine = dataclasses.replace(self.combine, tail=tail.program, operands=tail.kinds)
+        self.nodes += tail.nodes
+        self.gates += tail.operands
+        self.last, self.like = (tail.nodes[-1],), tail.like
+
     def lowering(self, position: dict[fx.Node, int]) -> Lowering:
         """Return what was taken."""
         region = RegionSpec(tuple(self.specs), self.combine)
         order = [self.order] if region.reads_order else []
         inputs = (self.first["x"], self.first["offsets"], *order, *self.weights, *self.gates)
         nodes = sorted(self.nodes, key=position.__getitem__)
-        return Lowering(_site(nodes[0]), region, tuple(nodes), inputs, self.last[0], tuple(self.notes))
+        return Lowering(_site(nodes[0]), region, tuple(nodes), inputs, self.last[0], tuple(self.notes), self.like)
 
 
 class _Finder:
-    def __init__(self, graph: fx.Graph, root: torch.nn.Module) -> None:
-        self.graph, self.root = graph, root
+    def __init__(self, graph: fx.Graph, root: torch.nn.Module, tails: bool) -> None:
+        self.graph, self.root, self.tails = graph, root, tails
         self.position = {node: i for i, node in enumerate(graph.nodes)}
         self.taken: set[fx.Node] = set()
 
@@ -186,6 +199,9 @@ class _Finder:
             chain.open = True
         while chain.open:
             self.grow(chain, chain.last)
+        tail = tail_of(chain.last[0], self.value) if self.tails and chain.combine else None
+        if tail is not None:
+            chain.take_tail(tail)
         return chain.lowering(self.position)
 
     def grow(self, chain: _Chain, projections: tuple[fx.Node, ...]) -> bool:
@@ -355,6 +371,8 @@ def replace(graph: fx.GraphModule, found: Iterable[Lowering | HeadLowering | Ref
             call = graph.graph.call_function(target, arguments)
             if training:
                 call = graph.graph.call_function(operator.getitem, (call, 0))
+            if lowering.like is not None:
+                call = graph.graph.call_method("view_as", (call, lowering.like))
         call.meta = dict(lowering.output.meta)
         lowering.output.replace_all_uses_with(call)
         for node in reversed(lowering.nodes):

@@ -61,6 +61,8 @@ class Operands(Generic[T]):
     weights: tuple[list[T], ...]
     biases: tuple[list[T], ...]
     gates: T | None
+    #: What the combine's tail reads.
+    tail: tuple[T, ...] = ()
 
     @classmethod
     def of(cls, region: RegionSpec, tensors: Sequence[T]) -> Operands[T]:
@@ -73,7 +75,7 @@ class Operands(Generic[T]):
             weights.append(list(itertools.islice(remaining, spec.weights)))
             biases.append(list(itertools.islice(remaining, spec.weights if spec.bias else 0)))
         gates = next(remaining) if region.combine is not None else None
-        return cls(x, offsets, order, tuple(weights), tuple(biases), gates)
+        return cls(x, offsets, order, tuple(weights), tuple(biases), gates, tuple(remaining))
 
 
 def row_block(target: Target, load: int) -> int:
@@ -150,12 +152,19 @@ class Combine:
         self.spec = spec
         self._module = store.load(emit(spec), spec.name)
 
-    def __call__(self, rows: torch.Tensor, order: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-        """Return the sum [T, D] of routed rows [R, D] over slots, weighted if the spec says so."""
+    def __call__(
+        self,
+        rows: torch.Tensor,
+        order: torch.Tensor,
+        weights: torch.Tensor | None,
+        tail: Sequence[torch.Tensor] = (),
+    ) -> torch.Tensor:
+        """Return the sum [T, D] of routed rows [R, D] over slots, weighted and with a tail if the spec says so."""
         out = rows.new_empty((order.shape[0] // self.spec.top_k, self.spec.features))
         gates = [] if weights is None else [weights.to(torch.float32).contiguous()]
+        flat = [t.reshape(-1, self.spec.features).contiguous() for t in tail]
         if out.numel():
-            self._module.launch(rows, order, torch.empty_like(order), *gates, out)
+            self._module.launch(rows, order, torch.empty_like(order), *gates, *flat, out)
         return out
 
 
@@ -184,7 +193,7 @@ class LoadedRegion:
             x = projection(x, given.weights[i], given.biases[i], gathered, tiles, out, kept)
             saved += [x if kept is None else kept] if saves else []
         if self.combine is not None and order is not None:
-            x = self.combine(x, order, given.gates)
+            x = self.combine(x, order, given.gates, given.tail)
         return x, saved
 
 
@@ -220,7 +229,8 @@ def fake_result(region: RegionSpec, tensors: Sequence[torch.Tensor]) -> torch.Te
     """Return an empty result of a region."""
     x = tensors[0]
     if region.combine is not None:
-        return x.new_empty((tensors[-1].shape[0], region.combine.features))
+        gates = tensors[-1 - len(region.combine.operands)]
+        return x.new_empty((gates.shape[0], region.combine.features))
     return x.new_empty((routed_rows(region, tensors), region.linears[-1].out_features))
 
 

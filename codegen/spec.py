@@ -101,27 +101,37 @@ class LinearSpec:
 class CombineSpec:
     """``out[t] = sum over slots of weights[t, slot] * rows[position(t, slot)]``, accumulated in float32.
 
-    Without weights it is the plain sum: the gradient of tokens that were gathered once per slot.
+    Without weights it is the plain sum: the gradient of tokens that were gathered once per slot.  What follows it in
+    the model, such as a shared expert, a gate per sample and the residual, is ``tail``: its ``z0`` is the sum, and its
+    other inputs are tensors of the kinds in ``operands``.
     """
 
     features: int
     top_k: int
     dtype: str
     weighted: bool = True
+    tail: Pointwise = field(default_factory=Pointwise)
+    #: "row" [T, D], "sample" [B, D] or "column" [D], for each input of the tail but the first.
+    operands: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require_dtype(self.dtype)
+        if len(self.operands) + 1 != self.tail.inputs:
+            found = f"{self.tail.inputs} inputs of its tail and {len(self.operands)} operands"
+            raise CannotLower("emit a combine", found=found)
 
     @property
     def text(self) -> str:
         """The complete description; equal text means the same kernel."""
         verb = "combine" if self.weighted else "sum"
-        return f"{verb} D={self.features} top_k={self.top_k} dtype={self.dtype}"
+        text = f"{verb} D={self.features} top_k={self.top_k} dtype={self.dtype}"
+        return text if not self.operands else f"{text} {' '.join(self.operands)}\n{self.tail.text()}"
 
     @property
     def name(self) -> str:
         """A readable name, unique by the hash of :attr:`text`."""
         verb = "combine" if self.weighted else "sum"
+        verb += "_add" if self.operands else ""
         return f"{verb}_{self.features}_top{self.top_k}_{self.dtype}_{digest(self.text)[:10]}"
 
 

@@ -87,12 +87,12 @@ compile.reset = reset  # type: ignore[attr-defined]
 
 def _lower(gm: fx.GraphModule, example_inputs: Sequence[Any], insist: bool) -> None:
     """Replace what has a kernel on its device; say what was done to the log and to ``TORCH_TRACE``."""
-    found = lowerings(gm)
+    training = _needs_gradients(example_inputs)
+    found = lowerings(gm, tails=not training)
     if not found:
         return
     usable = [item for item in found if _usable(item, insist)]
     kept = "where no kernel exists or none runs on the device" if len(usable) < len(found) else ""
-    training = _needs_gradients(example_inputs)
     text = describe(found)
     replaced = replace(gm, usable, training)
     with_gradients = ", forward and backward" if training else ""

@@ -89,3 +89,34 @@ def test_training_a_gated_module_with_frozen_experts() -> None:
     leaves = [x, *model.router.parameters()]
     got, want = (torch.autograd.grad(run(x).square().mean(), leaves) for run in (compiled, model))
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+class Block(torch.nn.Module):
+    """x + gate[b] * (routed(x) + shared(x)), as in a denoiser with a shared expert and adaLN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.routed, self.shared = RoutedFFN(), torch.nn.Linear(24, 24)
+        self.modulation = torch.nn.Linear(5, 24)
+        self.scale = torch.nn.Parameter(torch.randn(24))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        gate = self.modulation(t).unsqueeze(1)
+        return x + gate * (self.routed(x) * self.scale + 0.5 * self.shared(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_follows_the_combine_is_computed_with_it(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    model = Block().to(dtype).eval()
+    caplog.set_level(logging.INFO, logger="moefx.backend")
+    options = {"kernels": "triton", "inner": "eager"}
+    compiled = torch.compile(model, backend="moefx", fullgraph=True, dynamic=True, options=options)
+    limit = 1e-5 if dtype == torch.float32 else 2e-2
+    with torch.no_grad():
+        for samples, tokens in ((2, 9), (3, 5)):
+            x, t = torch.randn(samples, tokens, 24, dtype=dtype), torch.randn(samples, 5, dtype=dtype)
+            torch.testing.assert_close(compiled(x, t), model(x, t), atol=limit, rtol=limit)
+    assert "combine_add_24_top2" in caplog.text
+    assert len(caplog.records) == 2, "one compilation"

@@ -174,3 +174,65 @@ def test_description_is_stable_and_names_the_kernels() -> None:
     assert first == describe(lowerings(dynamo(model, x)))
     assert "gather_grouped_linear_24x40_float32" in first
     assert "combine_24_top2_float32" in first
+
+
+class Block(nn.Module):
+    """The residual, an adaLN gate and a shared expert behind a routed FFN."""
+
+    def __init__(self, spoil: str = "") -> None:
+        super().__init__()
+        self.routed, self.shared, self.spoil = RoutedFFN(), nn.Linear(24, 24), spoil
+        self.scale = nn.Parameter(torch.randn(24))
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        routed = self.routed(x)
+        shared = self.shared(x)
+        if self.spoil == "norm":
+            routed = F.layer_norm(routed, (24,))
+        result = x + gate.unsqueeze(1) * (routed * self.scale + 0.5 * shared)
+        return result + routed.sum() if self.spoil == "second reader" else result
+
+
+def tail_kinds(block: Block) -> tuple[str, ...]:
+    graphs: list[fx.GraphModule] = []
+
+    def keep(gm: fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(gm)
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(block, backend=keep, fullgraph=True, dynamic=True)(torch.randn(2, 9, 24), torch.randn(2, 24))
+    (found,) = lowerings(graphs[0], tails=True)
+    assert isinstance(found, Lowering)
+    assert found.region.combine is not None
+    assert isinstance(lowerings(graphs[0])[0], Lowering)
+    assert lowerings(graphs[0])[0].region.combine.operands == ()  # type: ignore[union-attr]
+    return found.region.combine.operands
+
+
+def test_what_follows_a_combine_is_found() -> None:
+    assert tail_kinds(Block()) == ("row", "column", "row", "sample")
+
+
+@pytest.mark.parametrize("spoil", ["norm", "second reader"])
+def test_a_tail_ends_before_what_is_no_sum_and_where_others_read(spoil: str) -> None:
+    assert tail_kinds(Block(spoil)) == ("row",)
+
+
+def test_an_expression_that_is_not_zero_at_zero_stays_before_the_combine() -> None:
+    """Dropped slots have zero rows; their sigmoid is a half."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(4, 24, 24))
+
+        def forward(self, x: Tensor) -> Tensor:
+            gates, experts = x[:, :4].softmax(-1).topk(2)
+            order, offsets = ops.group(experts, 4)
+            return ops.combine(torch.sigmoid(ops.grouped_linear(x, self.w, None, order, offsets, 2)), order, gates)
+
+    (found,) = lowerings(dynamo(Layer(), torch.randn(18, 24)))
+    assert isinstance(found, Lowering)
+    assert found.region.combine is None
+    assert "not zero at zero" in found.notes[0]
