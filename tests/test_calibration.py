@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from moefx.errors import InputError, OptionError, UnsafeInputError
 from moefx.graph.inputs import synthesise
 from moefx.passes.calibration import Calibration
 from moefx.passes.calibration.moments import Moments
+from tests import split_support as support
 from tests.trace_support import QUIET, call
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
@@ -285,3 +288,19 @@ def test_moments_merge_like_the_union(sizes: list[int], groups: int) -> None:
             assert torch.allclose(total.variance[g], x[group == g].var(0, unbiased=False), atol=1e-8)
     if len(x):
         assert torch.allclose(total.pooled().variance[0], x.var(0, unbiased=False), atol=1e-8)
+
+
+def test_processes_share_one_calibration(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.calibration_worker"]
+    running = [subprocess.Popen([*command, str(rank), "2", str(tmp_path)], cwd=root) for rank in range(2)]
+    assert [process.wait(timeout=240) for process in running] == [0, 0]
+    parts = [Calibration.load(tmp_path / f"{rank}.safetensors") for rank in range(2)]
+    alone = moefx.calibrate(support.small_dit(), [support.batch(i) for i in range(4)], buckets=2, progress=False)
+    for name, layer in alone.layers.items():
+        one, two = (part.layer(name) for part in parts)
+        assert torch.equal(one.sample.x, two.sample.x)
+        assert len(one.sample.x) == 30
+        assert torch.equal(one.hidden.mean, two.hidden.mean)
+        assert torch.allclose(one.hidden.mean, layer.hidden.mean, rtol=1e-12, atol=1e-14)
+        assert one.count == layer.count
