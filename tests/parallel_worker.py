@@ -346,6 +346,19 @@ def experts_times_data() -> Numbers:
     }
 
 
+def a_mesh_refuses_as_one() -> Numbers:
+    """One rank of four has another model: all four refuse."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "expert"))
+    model, refused = Net(torch.float64), 0
+    if dist.get_rank() == 3:
+        model.embed.weight.data[0, 0] += 1
+    try:
+        parallelize(model, mesh, placement(*HOMES).model_copy(update={"devices": ("a", "b")}))
+    except MoefxError:
+        refused = 1
+    return {"missed": float(1 - refused)}
+
+
 def spread(ranks: int) -> Placement:
     return placement(*(tuple((e + layer) % ranks for e in range(EXPERTS)) for layer in range(2)))
 
@@ -483,7 +496,7 @@ GROUPS: dict[str, list[Callable[[], Numbers]] | Callable[[Path], Numbers]] = {
         switch_refusals,
     ],
     "flux": [flux],
-    "four": [experts_times_data, under_ddp, under_fsdp],
+    "four": [a_mesh_refuses_as_one, experts_times_data, under_ddp, under_fsdp],
     "dit": [dit],
     "save": save_half_way,
     "resume": resume,

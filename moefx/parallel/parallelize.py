@@ -71,18 +71,14 @@ def parallelize(
     facts = {"the placements": _NO_DIGEST, "the models' parameters": _NO_DIGEST, "the models' weights": _NO_DIGEST}
     try:
         _check(model, group, placement, asked)
-        if not isinstance(chunks, int) or chunks < 1 or (once and (chunks > 1 or overlap_shared)):
-            found = f"chunks = {chunks!r}, once = {once}, overlap_shared = {overlap_shared}"
-            raise OptionError(asked, found=found, do="use chunks >= 1, and once without chunks and overlap")
+        _check_options(chunks, once, overlap_shared, asked)
     except MoefxError as error:
         problem = error
     else:
         weights = weights_digest(model) if verify else _NO_DIGEST
         plan = text_digest(f"{placement.digest.hex()} {chunks} {once} {overlap_shared}")
         facts = dict(zip(facts, (plan, structure_digest(model), weights), strict=True))
-    for ranks in (group, data):  # first within each set of experts, then across the sets
-        if ranks is not None:
-            agree(asked, facts, problem, mesh.device_type if mesh is not None else _device_type(group), ranks)
+    _agree_everywhere(asked, facts, problem, [group, data])
     # A group of its own: collectives of data parallelism must not slip in between those of a layer.
     own = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
     rank, layout = dist.get_rank(own), placement.layouts[0]
@@ -96,6 +92,21 @@ def parallelize(
     model.__dict__[DATA_GROUP] = None if data is None else data.group_name
     _leave_to_us(model)
     return model
+
+
+def _agree_everywhere(
+    asked: str, facts: dict[str, bytes], problem: MoefxError | None, groups: list[dist.ProcessGroup | None]
+) -> None:
+    """Agree within each set of experts, then across the sets, which learn of what another set refused."""
+    for group in groups:
+        if group is None:
+            continue
+        try:
+            agree(asked, facts, problem, _device_type(group), group)
+        except MoefxError as error:
+            problem = error
+    if problem is not None:
+        raise problem
 
 
 def parallel_layers(model: nn.Module) -> dict[str, ParallelExperts]:
@@ -174,6 +185,12 @@ def _check(model: object, group: dist.ProcessGroup, placement: object, asked: st
             do=f"start {len(placement.devices)} processes, or plan for {dist.get_world_size(group)} devices",
         )
     placement.check(ModelDims.of(model))
+
+
+def _check_options(chunks: object, once: bool, overlap_shared: bool, asked: str) -> None:
+    if not isinstance(chunks, int) or chunks < 1 or (once and (chunks > 1 or overlap_shared)):
+        found = f"chunks = {chunks!r}, once = {once}, overlap_shared = {overlap_shared}"
+        raise OptionError(asked, found=found, do="use chunks >= 1, and once without chunks and overlap")
 
 
 def _device_type(group: dist.ProcessGroup) -> str:
