@@ -135,6 +135,7 @@ def test_without_triton_the_backend_works(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.skipif(why_no_interpreter() is not None, reason=str(why_no_interpreter()))
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_whole_models_in_the_interpreter(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     interpret("interpreted_models.py", tmp_path)

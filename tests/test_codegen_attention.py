@@ -28,6 +28,7 @@ def test_heads_are_cut_into_powers_of_two() -> None:
 
 @pytest.mark.skipif(why_no_interpreter() is not None, reason=str(why_no_interpreter()))
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_in_the_interpreter(tmp_path: Path) -> None:
     interpret("interpreted_attention.py", tmp_path)
 

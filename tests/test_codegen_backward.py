@@ -14,6 +14,7 @@ from torch import Tensor
 from moefx.codegen import CombineSpec, RegionSpec, backward, target, trace_pointwise
 from moefx.codegen.aot import MATRIX_INSTRUCTIONS, Compiled, Job, compile_all
 from moefx.codegen.derivative import differentiate
+from moefx.codegen.pointwise import OPS, Builder
 from moefx.codegen.spec import Kernel
 from tests.codegen_support import down_projection, gated_projection, needs_triton, two_weights, up_projection
 from tests.test_codegen_kernels import interpret, why_no_interpreter
@@ -70,6 +71,22 @@ def test_overflow_on_the_side_not_chosen_does_not_spread() -> None:
     assert grad.tolist() == [[1.0] * 8]
 
 
+@pytest.mark.parametrize("op", [name for name, op in OPS.items() if not op.is_bool])
+def test_every_primitive_has_a_derivative(op: str) -> None:
+    """By central differences, at points where every primitive is smooth."""
+    arity = {"where": 3}.get(op, OPS[op].triton.count("{"))
+    builder = Builder(2)
+    args = (builder.step("gt", "z0", 0.0), "z0", "z1") if op == "where" else ("z0", "z1")[:arity]
+    args = (builder.step("gt", "z0", 0.0),) if op == "to_float" else args
+    program = builder.finish(builder.step(op, *args))
+    z = [torch.tensor([0.31, 1.7, 2.4]).double(), torch.tensor([1.1, 0.6, 0.2]).double()]
+    _, *grads = differentiate(program).evaluate(torch.ones(3), *z)
+    for i, grad in enumerate(grads):
+        step = [1e-6 * (i == j) for j in range(2)]
+        above, below = (program.evaluate(*(v + s * d for v, d in zip(z, step, strict=True))) for s in (1, -1))
+        torch.testing.assert_close(grad, ((above - below) / 2e-6).expand(3), atol=1e-7, rtol=1e-6)
+
+
 def test_expressions_that_are_not_zero_at_zero_are_known() -> None:
     assert trace_pointwise(F.gelu, 8).keeps_zero
     assert not trace_pointwise(torch.sigmoid, 8).keeps_zero
@@ -78,6 +95,7 @@ def test_expressions_that_are_not_zero_at_zero_are_known() -> None:
 
 @pytest.mark.skipif(why_no_interpreter() is not None, reason=str(why_no_interpreter()))
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_in_the_interpreter(tmp_path: Path) -> None:
     interpret("interpreted_backward.py", tmp_path)
 

@@ -87,7 +87,7 @@ def some_regions_of(graph: Graph) -> list[RegionUse]:
 
 def _load(item: Lowering) -> tuple[int, int]:
     """Return how many rows over how many experts the example inputs bring."""
-    values = [node.meta.get("val", node.meta.get("example_value")) for node in item.inputs[:3]]
+    values: list[Any] = [node.meta.get("val", node.meta.get("example_value")) for node in item.inputs[:3]]
     rows = values[2].shape[0] if item.region.reads_order else values[0].shape[0]
     return int(rows), int(values[1].shape[0]) - 1
 
