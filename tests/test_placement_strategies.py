@@ -178,7 +178,7 @@ def test_devices_may_outnumber_experts_if_there_are_copies() -> None:
 @pytest.mark.parametrize(("kind", "wanted"), [("planted", 0.418), ("dirichlet", 0.5285), ("weak", 0.2151)])
 def test_affinity_reaches_the_best_known_values(kind: str, wanted: float) -> None:
     trace = affinity_instance(kind)
-    placed = place(trace, Topology.processes(8), dims_of(trace), "affinity")
+    placed = place(trace, Topology.processes(8), dims_of(trace), "affinity", Budget(restarts=4))
     assert stay(trace, placed) >= wanted
     assert placed.goal is not None
     assert placed.goal.value == pytest.approx(1 - stay(trace, placed))

@@ -32,6 +32,8 @@ IDs = NDArray[np.int64]
 # While searching, levels are summed in this many ranges; the result is scored on all.
 _RANGES = 4
 _MOST_EXCHANGES = 40
+# An annealing with repairs takes several times as long as one without.
+_RESTARTS_PER_ANNEALING = 4
 
 
 @register_strategy("joint", "affinity with bounded imbalance", goal="crossing flow and imbalance")
@@ -47,7 +49,7 @@ def joint(trace: RoutingTrace, topology: Topology, dims: ModelDims, budget: Budg
     def cost(homes: Homes) -> float:
         return chain.crossing(homes) + EXCESS_PRICE * max(0.0, _slowdown(trace, topology, homes) - 1 - budget.imbalance)
 
-    for hot in noise_levels(budget.restarts)[:1]:
+    for hot in noise_levels(budget.restarts // _RESTARTS_PER_ANNEALING):
         for homes in chain.anneal(chain.start(draws), draws, hot, until, repair):
             best = min(best, homes, key=cost)
         if time.monotonic() > until:
