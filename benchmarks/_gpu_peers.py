@@ -47,10 +47,22 @@ def moefx_eager(case: Case) -> Run:
     return lambda: _dialect(case.x, case.experts, case.gates, case.w1, case.w2)
 
 
-def dense(case: Case) -> Run:
-    """Return one FFN over T*K rows: the FLOPs of the routed FFN, nothing routed (not the same function)."""
-    rows = case.x.detach().repeat(case.shape.slots, 1).requires_grad_(case.x.requires_grad)
-    return lambda: F.linear(act(F.linear(rows, case.w1[0])), case.w2[0])
+class Dense:
+    """One FFN over T*K rows: the FLOPs of the routed FFN, nothing routed (not the same function).
+
+    Its weights are its own leaves: the gradient of a slice of the stacked ones would also be zeros for all others.
+    """
+
+    def __init__(self, case: Case) -> None:
+        wanted = case.x.requires_grad
+        rows = case.x.detach().repeat(case.shape.slots, 1)
+        self.leaves = [
+            t.requires_grad_(wanted) for t in (rows, case.w1[0].detach().clone(), case.w2[0].detach().clone())
+        ]
+
+    def __call__(self) -> Tensor:
+        rows, w1, w2 = self.leaves
+        return F.linear(act(F.linear(rows, w1)), w2)
 
 
 def _sorted(case: Case) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,7 +166,7 @@ def implementations(device: torch.device, quick: bool, folder: Path | None) -> d
     found: dict[str, Build] = {
         "moefx": moefx_kernels(options),
         "moefx eager": moefx_eager,
-        "dense, equal FLOPs": dense,
+        "dense, equal FLOPs": Dense,
         "sorted loop": sorted_loop,
         "index_add loop": index_add_loop,
         "padded bmm": padded_bmm,

@@ -20,7 +20,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -45,6 +45,12 @@ class Case:
     gates: Tensor  # [T, K]
     w1: Tensor  # [E, F, D]
     w2: Tensor  # [E, D, F]
+
+    @cached_property
+    def dense_leaves(self) -> tuple[Tensor, ...]:
+        """T*K rows and one expert's weights as leaves: a gradient of slices would be zeros for all other experts."""
+        rows = self.x.detach().repeat(self.experts.shape[1], 1)
+        return rows, self.w1[0].detach().clone(), self.w2[0].detach().clone()
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
@@ -81,8 +87,8 @@ def moefx(case: Case) -> Tensor:
 
 def dense(case: Case) -> Tensor:
     """Run one FFN over T*K rows: the FLOPs of the routed FFN without routing (not the same function)."""
-    rows_RD = case.x.repeat(case.experts.shape[1], 1)
-    return F.linear(act(F.linear(rows_RD, case.w1[0])), case.w2[0])
+    rows_RD, w1, w2 = case.dense_leaves
+    return F.linear(act(F.linear(rows_RD, w1)), w2)
 
 
 def index_add_loop(case: Case) -> Tensor:
@@ -149,7 +155,7 @@ def run(variant: Callable[[Case], Tensor], case: Case, grad_TD: Tensor | None) -
             return variant(case), []
     output = variant(case)
     seed = grad_TD if output.shape == grad_TD.shape else grad_TD.repeat(output.shape[0] // grad_TD.shape[0], 1)
-    used = [leaf for leaf in case.leaves if leaf is not case.gates or variant is not dense]
+    used = case.dense_leaves if variant is dense else case.leaves
     return output, list(torch.autograd.grad(output, used, seed))
 
 
@@ -183,7 +189,7 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time
 
 def measure(case: Case, backward: bool, rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Return the seconds of every variant in every round, one warm-up round aside."""
-    for leaf in case.leaves:
+    for leaf in (*case.leaves, *case.dense_leaves):
         leaf.requires_grad_(backward)
     grad_TD = torch.randn_like(case.x) if backward else None
     names = list(VARIANTS)
