@@ -149,6 +149,25 @@ def test_a_sample_is_routed_by_its_own_timestep() -> None:
         torch.testing.assert_close(layer(q[part], k[part], v[part], t[part]), whole[part], rtol=1e-10, atol=1e-12)
 
 
+def test_known_timesteps_leave_out_what_no_head_picks() -> None:
+    torch.manual_seed(0)
+    model = randomise_zeros(DiT()).double().eval()
+    t = torch.tensor([900.0, 900.0]).double()
+    inputs = (torch.randn(2, 1, 8, 8).double(), t, torch.tensor([3, 7]))
+    moefx.transform(model, inputs, recipe="vorta", radius=1.5, threshold=0.0)
+    for module in model.modules():
+        if isinstance(module, RoutedAttention):
+            torch.nn.init.normal_(module.router.bias, generator=torch.Generator().manual_seed(5))
+            torch.nn.init.zeros_(module.router.tap_weight)
+    attend = model.blocks[0].attn.attend if hasattr(model.blocks[0].attn, "attend") else model.blocks[0].attend
+    q, k, v = qkv(16, heads=4)
+    c = torch.randn(1, 64).double()
+    picked, static = attend.fold((c,), {})
+    assert len(set(picked)) > 1
+    torch.testing.assert_close(static(q, k, v, c), attend(q, k, v, c), rtol=1e-12, atol=1e-12)
+    assert len(static.mechanisms) == len(set(picked))
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("recipe", ["vorta", "clear"])
 def test_the_start_is_the_dense_model(name: str, recipe: str) -> None:
@@ -193,6 +212,23 @@ def test_local_attention_in_a_model_follows_the_equation() -> None:
     scores = (q @ k.transpose(-1, -2) / 4).masked_fill(~near, -math.inf).softmax(-1)
     wanted = attention.proj((scores @ v).transpose(1, 2).reshape(2, 16, 64))
     torch.testing.assert_close(attention(x), wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_specialised_for_a_sampler() -> None:
+    model = zoo.tiny("DiTTransformer2DModel")
+    inputs = synthesise(model)
+    moefx.transform(model, recipe="vorta", radius=2.0, threshold=0.0)
+    draws = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if ".router." in name:
+            torch.nn.init.normal_(parameter, generator=draws)
+    special = moefx.specialise(model, timesteps=[999.0, 500.0, 1.0], inputs=inputs)
+    assert not any(isinstance(m, RoutedAttention) for v in special.variants for m in v.modules())
+    with torch.no_grad():
+        for time in (999.0, 500.0, 1.0):
+            at = {**inputs, "timestep": torch.full_like(inputs["timestep"], time)}
+            torch.testing.assert_close(special(**at)[0], model(**at)[0], rtol=1e-5, atol=1e-6)
+    assert special.fallbacks == 0
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:

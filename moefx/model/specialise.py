@@ -231,7 +231,8 @@ class _Cutter:
 
 def _called_alike(static: nn.Module) -> nn.Module:
     """Return a module that takes the arguments which the routed one took."""
-    return static if isinstance(static, ConstantGates) else FirstArgument(static)
+    same = isinstance(static, ConstantGates) or getattr(static, "same_arguments", False)
+    return static if same else FirstArgument(static)
 
 
 def _times(timesteps: Sequence[float] | Tensor) -> list[float]:

@@ -17,7 +17,7 @@ RECIPE = register_recipe(
             normaliser="softmax, renormalised, times k; two-level",
             experts="attention heads",
             combine="gate before the output projection",
-            losses="balance 0.01",
+            losses="balance 0.01 k",
             start="equal with all heads active",
         ),
         notes="The factors k, h_s and 2 are those of the released code, which the paper does not print. shared_heads "

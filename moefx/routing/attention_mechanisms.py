@@ -5,7 +5,8 @@ Legend: B samples, H heads, T tokens, d head width, M mechanisms, n image tokens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from moefx.errors import InputError, OptionError
 from moefx.routing.attention_masks import TokenGrid, box, disc, with_others
 from moefx.routing.precision import KeepFloat32, at_least_float32
 from moefx.routing.record import RoutingRecord
+from moefx.routing.static import reads_tokens
 
 
 class Attend(nn.Module):
@@ -123,7 +125,7 @@ class RoutedAttention(KeepFloat32):
 
     Mechanism 0 is the fall-back, full attention. Every sample is routed by its own timestep; the released code lets the
     first one decide for the batch. In evaluation the choice carries the gradient of p (straight through). Here all
-    mechanisms are computed and weighed; only where the timestep is known beforehand can the others be left out.
+    mechanisms are computed and weighed; `moefx.specialise` leaves out the others where the timestep is known.
 
     Args:
         router: maps ``(x, timestep)`` to logits ``[B, 1, H·M]``, those of one head beside each other.
@@ -176,9 +178,55 @@ class RoutedAttention(KeepFloat32):
         assert total is not None
         return total.to(q.dtype)
 
+    @property
+    def deciding(self) -> tuple[int, ...]:
+        """Positions of the taps, if the router reads nothing else; see `moefx.routing.static`."""
+        return () if reads_tokens(self.router) else tuple(range(3, 3 + len(self.taps)))
+
+    @torch.no_grad()
+    def fold(self, values: tuple[Tensor, ...], shared: dict[Hashable, Any]) -> tuple[Hashable, nn.Module]:
+        """Return the mechanism of each head for these values of the taps, and an attention that runs no other."""
+        weights = self.weights(values[0].new_zeros((1, 1, 1)), *values)
+        picked = tuple(weights[0].argmax(-1).tolist())
+        return picked, shared.setdefault(picked, FoldedAttention(list(self.mechanisms), picked))
+
     def extra_repr(self) -> str:
         """Describe the routing in ``print(model)``."""
         return f"heads={self.num_heads}, threshold={self.threshold}"
+
+
+class FoldedAttention(nn.Module):
+    """Each head by the mechanism that was picked for it; heads of one mechanism attend together.
+
+    Args:
+        mechanisms: modules ``(q, k, v) → [B, h, T, d]``.
+        picked: index of a mechanism per head.
+    """
+
+    # It is called with all that the routed attention was called with.
+    same_arguments = True
+
+    def __init__(self, mechanisms: Sequence[nn.Module], picked: Sequence[int]) -> None:
+        super().__init__()
+        used = sorted(set(picked))
+        self.mechanisms = nn.ModuleList([mechanisms[m] for m in used])
+        self.heads = [[h for h, m in enumerate(picked) if m == wanted] for wanted in used]
+        order = [h for group in self.heads for h in group]
+        self.back = [order.index(h) for h in range(len(picked))]
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+        """Return ``[B, H, T, d]``; what the router read is ignored."""
+        if len(self.heads) == 1:
+            y: Tensor = self.mechanisms[0](q, k, v)
+            return y
+        if k.shape[1] != q.shape[1]:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        parts = [m(q[:, h], k[:, h], v[:, h]) for m, h in zip(self.mechanisms, self.heads, strict=True)]
+        return torch.cat(parts, dim=1)[:, self.back]
+
+    def extra_repr(self) -> str:
+        """Describe the module in ``print(model)``."""
+        return f"heads={self.heads}"
 
 
 def _below(radius: float) -> int:

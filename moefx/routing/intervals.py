@@ -2,7 +2,7 @@
 
 Intervals are Python lists: they are made once, before training, and travel in options. ``starts`` are the first indices
 of N intervals of T timesteps, ascending from 0; interval i holds timesteps ``starts[i] … starts[i + 1] − 1``, half
-open, so that a boundary belongs to one interval only.
+open, so that a boundary belongs to one interval only. ``starts[1:]`` are the ``bounds`` of the interval selector.
 
 Legend: T timesteps, N intervals.
 """
