@@ -29,7 +29,8 @@ from moefx.errors import OptionError
 from moefx.routing.initialise import Seed, generator
 
 Metric = Literal["cosine", "euclidean", "manhattan"]
-EXACT = 4096  # neurons up to which the assignment is solved exactly: its cost matrix is F x F
+EXACT = 4096  # neurons up to which an assignment is solved exactly: its cost matrix is F x F
+EXACT_STEP = 512  # the same for one of the many assignments of a clustering, in cubic time each
 
 
 def contiguous(neurons: int, slices: int) -> Tensor:
@@ -74,9 +75,9 @@ def balanced_clusters(
     draws = generator(seed)
     best: tuple[float, Tensor] | None = None
     for _ in range(restarts):
-        labels = around(rows, _spread(rows, slices, draws), metric=metric)
+        labels = around(rows, _spread(rows, slices, draws), metric=metric, exact=EXACT_STEP)
         for _ in range(iterations):
-            moved = around(rows, _centres(rows, labels, slices), metric=metric)
+            moved = around(rows, _centres(rows, labels, slices), metric=metric, exact=EXACT_STEP)
             if torch.equal(moved, labels):
                 break
             labels = moved
@@ -88,11 +89,11 @@ def balanced_clusters(
     return best[1]
 
 
-def around(rows_FP: Tensor, centres_EP: Tensor, *, metric: Metric = "euclidean") -> Tensor:
+def around(rows_FP: Tensor, centres_EP: Tensor, *, metric: Metric = "euclidean", exact: int = EXACT) -> Tensor:
     """Return the balanced labels of least total distance to given centres (CMoE: markers and L1)."""
     rows, centres = rows_FP.double().cpu(), centres_EP.double().cpu()
     cost = torch.cdist(rows, centres, p=1) if metric == "manhattan" else _squared(rows, centres)
-    return assign(cost)
+    return assign(cost, exact=exact)
 
 
 def coactive(coactivation_FF: Tensor, slices: int, seed: Seed) -> Tensor:
