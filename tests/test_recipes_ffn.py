@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import moefx
 from moefx.errors import NothingMatched
-from moefx.recipes import get_recipe
+from moefx.passes.rewrite.routing_options import RoutingOptions
+from moefx.recipes import build_passes, get_recipe, recipes
 from moefx.routing import RoutedFFN
 from tests import recipe_support as support
 from tests.recipe_support import DIT, MODELS, UNET, WAN
@@ -62,6 +64,24 @@ def test_saved_compiled_and_alone_in_its_batch(recipe: str, tmp_path: Path) -> N
     support.check_compiles(model, DIT)
     if get_recipe(recipe).choices.batch_invariant:
         support.check_batch_invariant(model, DIT)
+
+
+def routes_ffns(name: str) -> bool:
+    return any(isinstance(rule.options, RoutingOptions) for rule in build_passes(get_recipe(name).passes, {}))
+
+
+FFN_RECIPES = [recipe.name for recipe in recipes() if routes_ffns(recipe.name)]
+
+
+@pytest.mark.parametrize("recipe", FFN_RECIPES)
+def test_defaults_fit_a_model_and_the_flag_of_the_batch_is_true(recipe: str) -> None:
+    found = get_recipe(recipe)
+    plan = moefx.plan(support.dense(DIT), recipe=recipe)
+    assert plan.sites
+    (rule,) = build_passes(found.passes, {})
+    alone = rule.options.batch_invariant
+    assert alone is found.choices.batch_invariant
+    assert any("depends on what else is in its batch" in line for line in plan.warnings) is not alone
 
 
 # ---------------------------------------------------------------------------------------------------- equations

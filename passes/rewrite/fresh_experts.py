@@ -18,7 +18,7 @@ from moefx.passes.analysis.site import Kind, Site
 from moefx.passes.rewrite.base import Context, Contract, Costs, Edit, SitePass, register_pass
 from moefx.passes.rewrite.cut import cannot_cut, mixes_tokens, splice_ffn
 from moefx.passes.rewrite.dense import dense_weights, ffn_counts, ffn_sizes, hidden_function, unshare
-from moefx.passes.rewrite.routing_build import accepts_tap, mean_experts, router_parameters, routing
+from moefx.passes.rewrite.routing_build import accepts_tap, mean_experts, router_parameters, routing, routing_warnings
 from moefx.passes.rewrite.routing_options import RoutingOptions
 from moefx.routing.activation import Gated
 from moefx.routing.cheap import CheapExperts
@@ -98,6 +98,10 @@ class FreshExperts(SitePass):
         if o.shared == "dense" and o.zero_output and o.copy_experts + o.constant_experts == 0:
             return Contract("exact", 0.0, "the dense FFN, and experts that add nothing yet")
         return Contract("approximate", o.max_error, "the experts are drawn anew: train the model")
+
+    def warnings(self) -> list[str]:
+        """Warn of results that depend on the batch."""
+        return routing_warnings(self.options)
 
     def costs(self, site: Site, tap_width: int = 0) -> Costs:
         """Return parameters and multiply-adds per token."""

@@ -17,7 +17,7 @@ from moefx.passes.analysis.site import Kind, Site
 from moefx.passes.rewrite.base import Context, Contract, Costs, Edit, SitePass, register_pass
 from moefx.passes.rewrite.cut import cannot_cut, mixes_tokens, splice_ffn
 from moefx.passes.rewrite.dense import dense_weights, ffn_counts, ffn_sizes, hidden_function, unshare
-from moefx.passes.rewrite.routing_build import accepts_tap, mean_experts, router_parameters, routing
+from moefx.passes.rewrite.routing_build import accepts_tap, mean_experts, router_parameters, routing, routing_warnings
 from moefx.passes.rewrite.routing_options import RoutingOptions
 from moefx.routing.layout import OnAxis
 from moefx.routing.low_rank import LowRankExperts
@@ -85,6 +85,10 @@ class LowRank(SitePass):
     def contract(self) -> Contract:
         """Always exact."""
         return Contract("exact", 0.0, "low-rank deltas that are zero")
+
+    def warnings(self) -> list[str]:
+        """Warn of results that depend on the batch."""
+        return routing_warnings(self.options)
 
     def costs(self, site: Site, tap_width: int = 0) -> Costs:
         """Return parameters and multiply-adds per token."""

@@ -192,6 +192,16 @@ def mean_experts(o: RoutingOptions) -> float:
     return o.top_k + len(o.always) * o.granularity
 
 
+def routing_warnings(o: RoutingOptions) -> list[str]:
+    """Return what the user should know about a choice of routing."""
+    if o.batch_invariant:
+        return []
+    return [
+        f"with {o.selector} per {o.pool} a sample's result depends on what else is in its batch, guidance halves "
+        "included: use pool='sample' to sample images"
+    ]
+
+
 def accepts_tap(o: RoutingOptions, name: str, value: torch.Tensor) -> bool:
     """Tell whether ``value`` will do for the tap ``name``: intervals and tables need a raw timestep."""
     return not (name == "timestep" and o.needs_raw_timestep) or value.ndim <= 1

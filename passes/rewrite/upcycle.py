@@ -18,7 +18,7 @@ from moefx.passes.analysis.site import Kind, Site
 from moefx.passes.rewrite.base import Context, Contract, Costs, Edit, SitePass, register_pass
 from moefx.passes.rewrite.cut import cannot_cut, extract, mixes_tokens, splice_ffn
 from moefx.passes.rewrite.dense import dense_weights, ffn_counts, ffn_sizes, hidden_function, unshare
-from moefx.passes.rewrite.routing_build import accepts_tap, mean_experts, router_parameters, routing
+from moefx.passes.rewrite.routing_build import accepts_tap, mean_experts, router_parameters, routing, routing_warnings
 from moefx.passes.rewrite.routing_options import ALIASES, TOP_K, RoutingOptions
 from moefx.routing.experts import DenseFFN, Experts
 from moefx.routing.initialise import add_noise, arrange_shared, granular_copies, partially_reinitialise
@@ -130,12 +130,14 @@ class Upcycle(SitePass):
     def warnings(self) -> list[str]:
         """Warn of a router that cannot learn (theorem T5), and of losing tokens' symmetry."""
         o = self.options
+        found = routing_warnings(o)
         if o.experts == 1 or not o.identical or o.mode not in SUM_TO_ONE:
-            return []
+            return found
         return [
+            *found,
             "equal experts under renormalised gates give the router exactly zero task gradient until the experts "
             "differ: train with moefx.aux_loss, or start with noise=1e-3 or reinitialise=0.1, or choose one copy per "
-            "token (top_k = granularity), whose default gate N10 trains the router"
+            "token (top_k = granularity), whose default gate N10 trains the router",
         ]
 
     def edit(self, context: Context) -> Edit:
