@@ -35,6 +35,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=8, help="experts per layer (default: 8)")
     parser.add_argument("--samples", type=int, default=4, help="images per process (default: 4)")
     parser.add_argument("--strategy", choices=[s.name for s in strategies()], default="minimax_time", help="placement")
+    parser.add_argument(
+        "--chunks", type=int, default=1, help="parts of the tokens that travel while others are computed"
+    )
+    parser.add_argument("--once", action="store_true", help="send a token to each process at most once")
     parser.add_argument("--single", action="store_true", help="float32 instead of float64")
     return parser.parse_args(arguments)
 
@@ -121,7 +125,7 @@ def run(options: argparse.Namespace, device: torch.device) -> bool:
     model = build(options.experts, device, dtype)
     whole = copy.deepcopy(model)
     placement = plan(model, options.strategy, device, dtype)
-    parallelize(model, None, placement)
+    parallelize(model, None, placement, chunks=options.chunks, once=options.once)
     held = torch.tensor([float(sum(p.nbytes for p in model.parameters()))], device=device)
     dist.all_reduce(held, op=dist.ReduceOp.MAX)
     data = batch(options.samples * dist.get_world_size(), device=device, dtype=dtype)
