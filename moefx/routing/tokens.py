@@ -56,9 +56,11 @@ def follow(values: Tensor, index: Tensor, x: Tensor, axes: tuple[int, ...], ndim
     values = values.expand(index.shape[0], *values.shape[1:])
     for axis in axes:
         where = _joined(index, x.shape[1], values.shape[axis] - x.shape[1], joint)
-        sizes = [1] * ndim
-        sizes[0], sizes[axis] = where.shape[0], where.shape[1]
-        values = torch.take_along_dim(values, where.view(sizes), axis)
+        sizes, ones = list(values.shape), [1] * ndim
+        ones[0], ones[axis] = where.shape[0], where.shape[1]
+        sizes[axis] = where.shape[1]
+        # take_along_dim would tie a compiled graph to one batch size.
+        values = values.gather(axis, where.view(ones).expand(sizes))
     return values
 
 

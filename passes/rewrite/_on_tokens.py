@@ -97,7 +97,7 @@ def _reshape(graph: Graph, before: dict[Node, Any]) -> None:
 
 
 def _changes(old: Any, new: Any) -> list[tuple[int, int]]:
-    return list(zip(old.shape, new.shape, strict=True)) if isinstance(old, torch.Tensor) else []
+    return list(zip(old.shape[1:-1], new.shape[1:-1], strict=True)) if isinstance(old, torch.Tensor) else []
 
 
 def _resized(sizes: dict[int, int], value: Any) -> Any:
