@@ -301,6 +301,20 @@ def test_only_pools_of_a_sample_leave_it_alone(pool: str, same: bool) -> None:
     assert (relative(model(x)[:1], model(x[:1])) < 1e-12) is same
 
 
+def test_experts_with_a_forward_of_their_own_are_not_bypassed() -> None:
+    class Doubled(Experts):
+        """As experts that are spread over processes: the inherited batched form would miss what forward does."""
+
+        def forward(self, x_TD: Tensor, experts_TK: Tensor, gates_TK: Tensor) -> Tensor:
+            return super().forward(x_TD, experts_TK, 2 * gates_TK)
+
+    x = tokens()
+    plain = layer(ExpertChoice(1.0), mode="softmax_topk", scale=2.0)
+    doubled = layer(ExpertChoice(1.0), mode="softmax_topk")
+    doubled.experts = Doubled(weights(), F.gelu)
+    assert relative(doubled(x), plain(x)) < 1e-12
+
+
 def test_uncovered_tokens_follow_the_rule() -> None:
     torch.manual_seed(0)
     for capacity, experts in ((1.0, 8), (2.0, 8), (2.0, 32)):

@@ -213,7 +213,7 @@ class RoutedFFN(KeepFloat32):
         """Map ``[B, ..., D]`` to ``[B, ..., D_o]``; ``taps`` are the tensors named in ``self.taps``, in order."""
         routing = self.route(x, *taps)
         flat = x.reshape(-1, x.shape[-1])
-        by_expert: Callable[..., Tensor] | None = getattr(self.experts, "by_expert", None)
+        by_expert = _batched_form(self.experts)
         # Who watches the experts' calls is shown expert indices, the form that both families of selectors have.
         watched = not torch.compiler.is_compiling() and bool(self.experts._forward_pre_hooks)
         if routing.tokens is not None and by_expert is not None and not watched:
@@ -246,6 +246,16 @@ class RoutedFFN(KeepFloat32):
     def extra_repr(self) -> str:
         """Describe the layer in ``print(model)``."""
         return f"top_k={self.top_k}, mode={self.mode!r}, granularity={self.granularity}, scale={self.scale}"
+
+
+def _batched_form(experts: Any) -> Callable[..., Tensor] | None:
+    """Return the call for tokens that experts chose, unless it is inherited by a class with a forward of its own."""
+    cls = type(experts)
+    foreign = isinstance(experts, Experts) and cls.forward is not Experts.forward
+    if foreign and cls.by_expert is Experts.by_expert:
+        return None
+    found: Callable[..., Tensor] | None = getattr(experts, "by_expert", None)
+    return found
 
 
 def _per_token(values: Tensor, x: Tensor) -> Tensor:
