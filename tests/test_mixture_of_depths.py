@@ -75,3 +75,10 @@ def test_blocks_whose_tokens_are_not_independent_of_place_are_left_dense(name: s
 def test_capacity_zero_is_refused() -> None:
     with pytest.raises(OptionError, match="capacity"):
         plan(zoo.tiny("DiTTransformer2DModel"), recipe="mixture-of-depths", capacity=0.0)
+
+
+def test_a_capacity_below_one_token_leaves_all_as_they_are() -> None:
+    model, inputs = _dit()
+    transform(model, inputs, recipe="mixture-of-depths", capacity=0.05, every=1, max_error=10.0, verify=False)
+    x, c = torch.randn(2, 16, 64).double(), torch.randn(2, 64).double()
+    assert torch.equal(model.blocks[0](x, c), x)
