@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moefx
 from examples.dit import DiT
@@ -13,6 +14,7 @@ from examples.randomise import randomise_zeros
 from moefx import zoo
 from moefx.errors import OptionError
 from moefx.graph.inputs import synthesise
+from moefx.passes.rewrite import mixture_of_heads
 from moefx.routing.heads import HeadGate, QueryGate
 from moefx.routing.threshold import ThresholdGate
 
@@ -120,6 +122,31 @@ def test_a_head_off_in_joint_attention_is_off_in_both_streams() -> None:
     model(**synthesise(model))
     assert len(columns) == 2
     assert all(c[..., 16:].abs().max() == 0 and c[..., :16].abs().min() > 0 for c in columns)
+
+
+@pytest.mark.parametrize("name", ["DiTTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel"])
+def test_heads_that_are_off_are_not_computed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"recipe": "moh", "active_heads": 1, "router_std": 1.0, "max_error": 99.0}
+    sparse = moefx.transform(zoo.tiny(name).double(), **options)
+    monkeypatch.setattr(mixture_of_heads, "gates_fit_core", lambda _: False)
+    masked = moefx.transform(zoo.tiny(name).double(), **options)
+    inputs = synthesise(sparse, batch=3, seed=9)
+    called: list[str] = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Names(), torch.no_grad():
+        sparse(**inputs)
+    assert "moefx.head_attention.default" in called
+    outputs = [model(**inputs)[0] for model in (sparse, masked)]
+    torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-12)
+    for output in outputs:
+        output.square().sum().backward()
+    for a, b in zip(sparse.parameters(), masked.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-11)
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moefx.errors import InputError, OptionError
+from moefx.ops.head_attention import head_attention
 from moefx.routing.normalise import normalise
 from moefx.routing.precision import KeepFloat32, at_least_float32, without_autocast
 from moefx.routing.record import RoutingRecord
@@ -192,6 +193,18 @@ def apply_head_gates(y: Tensor, gates: Tensor) -> Tensor:
         )
     y_BTHd = y.reshape(*y.shape[:-1], heads, y.shape[-1] // heads)
     return (y_BTHd * gates.unsqueeze(-1)).reshape(y.shape).to(y.dtype)
+
+
+def attend_with_heads(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, scale: float | None = None) -> Tensor:
+    """Return gated attention ``[B, H, T, d]`` of which heads with a gate of zero are not computed.
+
+    Args:
+        q, k, v: ``[B, H, T, d]``, keys and values with tokens of their own.
+        gates: ``[B, T, H]``; a zero gate gets no gradient, so gates that learn to come back must not be zero.
+        scale: of the scores; None for 1/√d.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return head_attention(q, k.to(q.dtype), v.to(q.dtype), gates, scale).transpose(1, 2)
 
 
 def _layout(num_heads: int, shared: int, k: int, shared_heads: Sequence[int] | None) -> Tensor:

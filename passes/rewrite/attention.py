@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from moefx.graph.splice import Splice
+from moefx.graph.kinds import MOVES, op
+from moefx.graph.splice import Splice, is_inplace
 from moefx.passes.analysis.attention import Stream
 from moefx.passes.analysis.operands import Part
 from moefx.passes.analysis.site import Site
-from moefx.routing.heads import apply_head_gates
+from moefx.passes.rewrite.base import Context
+from moefx.routing.heads import apply_head_gates, attend_with_heads
+
+_PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 def output_streams(site: Site) -> list[Stream]:
@@ -81,6 +85,73 @@ def multiply_heads(splice: Splice, stream: Stream, gates: Node) -> None:
     around, pre = reader(stream), stream.out.pre
     gated = splice.call_function(apply_head_gates, (pre, gates), around=around)
     around.replace_input_with(pre, gated)
+
+
+# -- the attention itself ----------------------------------------------------------------------------------------------
+
+
+def core_call(core: Node) -> dict[str, Any]:
+    """Return the arguments of a call of ``scaled_dot_product_attention`` by name."""
+    return dict(zip(_PARAMETERS, core.args, strict=False)) | dict(core.kwargs)
+
+
+def refuse_core(site: Site) -> str:
+    """Return why an attention core cannot be called otherwise; ``""`` if it is one plain fused call."""
+    core: Node = site.operands["core"]
+    named = getattr(core.target, "__name__", "") == "scaled_dot_product_attention"
+    if site.operands["core_kind"] != "sdpa" or core.op != "call_function" or not named:
+        return f"its attention is written as {site.operands['core_kind']}, not one fused call"
+    call = core_call(core)
+    if call.get("attn_mask") is not None or call.get("is_causal") or call.get("dropout_p"):
+        return "it has a mask or dropout of its own"
+    if len(site.operands["q"].meta["val"].shape) != 4:
+        return "its queries are not [batch, heads, tokens, width]"
+    return ""
+
+
+def gates_fit_core(context: Context) -> bool:
+    """Whether gates may multiply the heads where they are made: nothing but movement lies before the projections."""
+    site = context.site
+    streams = output_streams(site)
+    query, key = site.operands["q"].meta["val"], site.operands["k"].meta["val"]
+    if refuse_core(site) or [s for s in site.operands["streams"] if s.q is not None] != streams:
+        return False
+    if query.shape[1] != key.shape[1] or sum(int(s.x.meta["val"].shape[1]) for s in streams) != query.shape[2]:
+        return False
+    moved = between([site.operands["core"]], [s.out.pre for s in streams if s.out is not None])
+    return all(op(node, context.graph).kind in MOVES | {"size", "item"} for node in moved)
+
+
+def gate_core(splice: Splice, site: Site, gates: Sequence[Node]) -> None:
+    """Let the attention leave out the heads whose gate is zero; ``gates`` of the streams, in token order."""
+    core: Node = site.operands["core"]
+    call = core_call(core)
+    whole = gates[0] if len(gates) == 1 else splice.call_function(torch.cat, (tuple(gates), 1), around=core)
+    arguments = (call["query"], call["key"], call["value"], whole, call.get("scale"))
+    splice.replace(core, splice.call_function(attend_with_heads, arguments, around=core))
+
+
+def between(starts: list[Node], ends: list[Node]) -> list[Node]:
+    """Return the nodes on the way from ``starts`` to ``ends``, in-place writes into them included, in program order."""
+    after = _closure(starts, lambda node: node.users)
+    wanted = list(ends)
+    while True:
+        found = after & _closure(wanted, lambda node: node.all_input_nodes)
+        writes = [n for n in after - found if is_inplace(n) and n.args and n.args[0] in found]
+        if not writes:
+            return [node for node in ends[0].graph.nodes if node in found and node not in starts]
+        wanted += writes
+
+
+def _closure(nodes: list[Node], neighbours: object) -> set[Node]:
+    seen, stack = set(nodes), list(nodes)
+    while stack:
+        near: Iterable[Node] = neighbours(stack.pop())  # type: ignore[operator]
+        for node in near:
+            if node not in seen:
+                seen.add(node)
+                stack.append(node)
+    return seen
 
 
 # -- queries -----------------------------------------------------------------------------------------------------------

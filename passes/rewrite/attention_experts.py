@@ -8,7 +8,6 @@ embeddings, masks, two streams in one attention.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
@@ -19,7 +18,15 @@ from torch.fx import Node
 from moefx.graph.splice import Splice, is_inplace
 from moefx.passes.analysis.attention import Stream
 from moefx.passes.analysis.site import Kind, Site
-from moefx.passes.rewrite.attention import count_heads, first_node, output_streams, reader, refuse_heads, refuse_queries
+from moefx.passes.rewrite.attention import (
+    between,
+    count_heads,
+    first_node,
+    output_streams,
+    reader,
+    refuse_heads,
+    refuse_queries,
+)
 from moefx.passes.rewrite.base import Context, Contract, Costs, Edit, Options, SitePass, register_pass
 from moefx.routing.attention_experts import OutputExperts, QueryExperts
 from moefx.routing.initialise import normal_rows
@@ -236,29 +243,6 @@ def lay_out(q: Tensor, shape: tuple[int, ...], dims: tuple[int, ...]) -> Tensor:
     """Give queries ``[B, T, N]`` the layout of the dense ones: features of ``shape`` along dimensions ``dims``."""
     split = q.reshape(*q.shape[:2], *shape)
     return split.movedim(tuple(range(-len(dims), 0)), dims)
-
-
-def between(starts: list[Node], ends: list[Node]) -> list[Node]:
-    """Return the nodes on the way from ``starts`` to ``ends``, in-place writes into them included, in program order."""
-    after = _closure(starts, lambda node: node.users)
-    wanted = list(ends)
-    while True:
-        found = after & _closure(wanted, lambda node: node.all_input_nodes)
-        writes = [n for n in after - found if is_inplace(n) and n.args and n.args[0] in found]
-        if not writes:
-            return [node for node in ends[0].graph.nodes if node in found and node not in starts]
-        wanted += writes
-
-
-def _closure(nodes: list[Node], neighbours: object) -> set[Node]:
-    seen, stack = set(nodes), list(nodes)
-    while stack:
-        near: Iterable[Node] = neighbours(stack.pop())  # type: ignore[operator]
-        for node in near:
-            if node not in seen:
-                seen.add(node)
-                stack.append(node)
-    return seen
 
 
 def _kept_columns(context: Context, stream: Stream) -> nn.Linear:

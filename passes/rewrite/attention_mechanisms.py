@@ -17,6 +17,7 @@ from torch.fx import Node
 from moefx.graph.splice import Splice
 from moefx.passes.analysis import Facts
 from moefx.passes.analysis.site import Kind, Site
+from moefx.passes.rewrite.attention import core_call, refuse_core
 from moefx.passes.rewrite.base import Context, Contract, Costs, Edit, Options, SitePass, register_pass
 from moefx.passes.rewrite.thresholds import TIMESTEP_WIDTH
 from moefx.passes.rewrite.token_grid import token_layouts
@@ -25,7 +26,6 @@ from moefx.routing.attention_mechanisms import Attend, AttendCoarsely, AttendLoc
 from moefx.routing.router import LinearRouter
 
 CHILD = "attend"
-_PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 class AttentionMechanismsOptions(Options):
@@ -87,7 +87,7 @@ class AttentionMechanisms(SitePass):
             return "its result feeds nothing that is returned"
         if site.flavour not in ("self", "joint"):
             return f"{site.flavour} attention: its keys are not its own tokens"
-        problem = _plain(site)
+        problem = refuse_core(site)
         if problem:
             return problem
         if site.name not in self.options.layouts and set(self.options.mechanisms) != {"full"}:
@@ -114,7 +114,7 @@ class AttentionMechanisms(SitePass):
     def edit(self, context: Context) -> Edit:
         """Let the attention of the local graph be another module's."""
         core: Node = context.site.operands["core"]
-        call = _bound(core)
+        call = core_call(core)
         attend = self._attend(context, call)
         name = context.free_name(CHILD)
         splice = Splice(context.graph, self.name)
@@ -155,25 +155,6 @@ class AttentionMechanisms(SitePass):
         if o.losses is not None:
             routed.record.coefficients = dict(o.losses)
         return routed
-
-
-def _bound(core: Node) -> dict[str, Any]:
-    """Return the arguments of a call of ``scaled_dot_product_attention`` by name."""
-    return dict(zip(_PARAMETERS, core.args, strict=False)) | dict(core.kwargs)
-
-
-def _plain(site: Site) -> str:
-    """Return why an attention core cannot be called otherwise; ``""`` if it is a plain fused one."""
-    core: Node = site.operands["core"]
-    named = getattr(core.target, "__name__", "") == "scaled_dot_product_attention"
-    if site.operands["core_kind"] != "sdpa" or core.op != "call_function" or not named:
-        return f"its attention is written as {site.operands['core_kind']}, not one fused call"
-    call = _bound(core)
-    if call.get("attn_mask") is not None or call.get("is_causal") or call.get("dropout_p"):
-        return "it has a mask or dropout of its own"
-    if len(site.operands["q"].meta["val"].shape) != 4:
-        return "its queries are not [batch, heads, tokens, width]"
-    return ""
 
 
 def _diagonal(sizes: list[int]) -> float:

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import nn
+from torch.fx import Node
 
 from moefx.graph.splice import Splice
 from moefx.passes.analysis.attention import Stream
@@ -18,6 +19,8 @@ from moefx.passes.analysis.site import Kind, Site
 from moefx.passes.rewrite.attention import (
     count_heads,
     first_node,
+    gate_core,
+    gates_fit_core,
     gates_of,
     multiply_heads,
     output_streams,
@@ -133,17 +136,25 @@ class MixtureOfHeads(SitePass):
         return Edit(routed=nn.ModuleDict({k: v for k, v in children.items() if v is not None}), children=children)
 
     def _per_token(self, context: Context, splice: Splice) -> dict[str, nn.Module | None]:
-        """Give each token stream its own gate."""
+        """Give each token stream its own gate; where gates can be zero, the attention leaves out those heads."""
         children: dict[str, nn.Module | None] = {}
-        heads = count_heads(context.site)
-        for i, stream in enumerate(output_streams(context.site)):
+        heads, site = count_heads(context.site), context.site
+        streams = sorted(output_streams(site), key=lambda s: s.q.offset if s.q else 0)
+        sparse = self.options.active_heads is not None and gates_fit_core(context)
+        made: list[Node] = []
+        for i, stream in enumerate(streams):
             name = context.free_name(CHILD, children)
             children[name] = self._gate(context, stream, i)
-            around = reader(stream)
+            around = site.operands["core"] if sparse else reader(stream)
             assert stream.q is not None
             by_query = self.options.router_input == "query"
             argument = split_heads(splice, stream.q, heads, around=around) if by_query else stream.x
-            multiply_heads(splice, stream, gates_of(splice, name, (argument,), heads, around=around))
+            made.append(gates_of(splice, name, (argument,), heads, around=around))
+        if sparse:
+            gate_core(splice, site, made)
+        else:
+            for stream, gates in zip(streams, made, strict=True):
+                multiply_heads(splice, stream, gates)
         return children
 
     def _gate(self, context: Context, stream: Stream, index: int) -> nn.Module:
