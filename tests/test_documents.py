@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from moefx.inspect.recipes import recipes_markdown
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
@@ -55,3 +57,8 @@ def test_the_first_screen_of_the_readme_has_the_two_commands() -> None:
     first_screen = (ROOT / "README.md").read_text().splitlines()[:25]
     assert any(line.startswith("$ make demo") for line in first_screen)
     assert any(line.startswith("$ make test") for line in first_screen)
+
+
+def test_the_page_of_recipes_is_what_the_recipe_files_say() -> None:
+    written = (ROOT / "docs" / "recipes.md").read_text()
+    assert written == recipes_markdown(), "write it anew: moefx recipes --markdown --out docs/recipes.md"
