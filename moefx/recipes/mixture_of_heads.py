@@ -21,7 +21,8 @@ RECIPE = register_recipe(
             start="equal with all heads active",
         ),
         notes="The factors k, h_s and 2 are those of the released code, which the paper does not print. shared_heads "
-        "and active_heads below all heads drop heads, which is approximate.",
+        "and active_heads below all heads drop heads, which is approximate. Where at most half of them are on, and "
+        "nothing but movement lies between the attention and its projection, the others are not computed.",
         aliases=("moh",),
     )
 )
