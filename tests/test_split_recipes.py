@@ -320,6 +320,16 @@ def test_moefx_split() -> None:
     assert relative(routed(tokens), target) < relative(plainly(tokens), target)
 
 
+def test_a_width_bounds_the_slices_of_a_token() -> None:
+    options = {"experts": 12, "shared": 4, "top_k": 4}
+    dense, free = convert("moefx-split", **options)
+    bound = convert("moefx-split", width=5, **options)[1].get_submodule(NAME)
+    x = all_tokens(dense)[:40].unsqueeze(0)
+    every, few = (layer.route(x).experts < 12 for layer in (free.get_submodule(NAME), bound))
+    assert few.shape == (40, 5)
+    assert every.sum(1).clamp(max=5).tolist() == few.sum(1).tolist()
+
+
 def test_slices_merge_back_to_the_bit() -> None:
     for recipe, options in (
         ("cmoe", {"experts": 6}),

@@ -260,8 +260,10 @@ class Slicing:
                 scores = router.to(self.tokens.device)(self.tokens.unsqueeze(1)).squeeze(1)
             value = self._cuts(scores, share, relative, slices)
         if relative:
-            return RelativeThreshold(value, steps=o.timestep_steps)
-        return TimestepThreshold(value.unsqueeze(1).expand(-1, o.experts).clone(), steps=o.timestep_steps)
+            return RelativeThreshold(value, steps=o.timestep_steps, width=o.width)
+        return TimestepThreshold(
+            value.unsqueeze(1).expand(-1, o.experts).clone(), steps=o.timestep_steps, width=o.width
+        )
 
     def _cuts(self, scores: Tensor, share: float, relative: bool, slices: FFNWeights) -> Tensor:
         one = fit.relative_cut if relative else fit.share_cut

@@ -51,6 +51,7 @@ class SplitOptions(Options):
     router_std: float = Field(0.02, ge=0, description="standard deviation of a random router")
     selector: Literal["top-k", "relative", "threshold"] = Field("top-k", description="how scores become a choice")
     tau: float | None = Field(None, ge=0, le=1, description="of a relative threshold; None: calibrated to top_k")
+    width: int | None = Field(None, ge=1, description="most slices per token with a threshold; None: all")
     timestep_thresholds: int = Field(
         1, ge=1, le=4096, description="thresholds over the range of timesteps, equal parts"
     )
