@@ -14,7 +14,7 @@ export PYTHONNOUSERSITE := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env demo test lint types imports suite smoke format goldens bench wheel clean distclean
+.PHONY: help env demo test lint types imports suite coverage smoke format goldens bench wheel clean distclean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -25,7 +25,7 @@ env: ## create or refresh .venv (does nothing when it is current)
 demo: env ## train, upcycle, prove and compare on 8x8 digits; writes demo/
 	OMP_NUM_THREADS=$(WORKERS) .venv/bin/python examples/digits.py --out demo $(ARGS)
 
-test: lint types imports suite ## lint, types, import contracts and the test-suite with coverage
+test: lint types imports suite ## lint, types, import contracts and the test-suite
 
 lint: env ## ruff check and ruff format --check
 	$(RUN) ruff check .
@@ -37,7 +37,10 @@ types: env ## mypy --strict on moefx, passes and codegen
 imports: env ## import contracts: who may import whom
 	.venv/bin/lint-imports --no-logo --no-cache
 
-suite: env ## the test-suite with coverage (ARGS="-k name" for a part)
+suite: env ## the test-suite (ARGS="-k name" for a part)
+	$(RUN) pytest -n $(WORKERS) $(ARGS)
+
+coverage: env ## the test-suite with coverage, which takes longer
 	$(RUN) pytest -n $(WORKERS) --cov --cov-report=term:skip-covered $(ARGS)
 
 smoke: env ## the tests that pre-commit runs, under 20 s

@@ -23,16 +23,13 @@ if TYPE_CHECKING:
     from moefx.offloading.offload import offload, onload
     from moefx.parallel.parallelize import parallelize
     from moefx.passes.calibration import Calibration, calibrate
-    from moefx.passes.calibration import Calibration, calibrate
     from moefx.training import aux_loss, health
 
 _PUBLIC = {
     "Calibration": "moefx.passes.calibration",
-    "Calibration": "moefx.passes.calibration",
     "Graph": "moefx.graph",
     "MoefxError": "moefx.errors",
     "aux_loss": "moefx.training",
-    "calibrate": "moefx.passes.calibration",
     "calibrate": "moefx.passes.calibration",
     "dump": "moefx.inspect.dump",
     "health": "moefx.training",
@@ -52,12 +49,10 @@ _PUBLIC = {
 
 __all__ = [
     "Calibration",
-    "Calibration",
     "Graph",
     "MoefxError",
     "__version__",
     "aux_loss",
-    "calibrate",
     "calibrate",
     "dump",
     "health",

@@ -16,7 +16,7 @@ from moefx.routing.prior import match_units, prior_loss, prior_map
 from moefx.routing.router import sinusoidal
 from moefx.training import step_schedules
 from tests import recipe_support as support
-from tests.recipe_support import DIT, MODELS, UNET, WAN
+from tests.recipe_support import DIT, FLUX, MODELS, UNET, WAN
 from tests.test_recipes_ffn import assert_equal, kept, tokens
 
 pytestmark = support.MARKS
@@ -35,9 +35,9 @@ EXACT = set(SMALL) - {"moe++"}
 
 
 def refused(recipe: str, name: str) -> bool:
-    """Blocks of a UNet see no timestep, and only those of DiT see a raw one."""
+    """Blocks of a UNet see no timestep; a raw one is seen by those of DiT, and by the inline networks of FLUX."""
     unseen = recipe == "switch-dit" and name == WAN  # six vectors per sample, none of them the timestep's own
-    return unseen or (recipe in TIMED and name == UNET) or (recipe in RAW and name != DIT)
+    return unseen or (recipe in TIMED and name == UNET) or (recipe in RAW and name not in (DIT, FLUX))
 
 
 def stirred(model: nn.Module) -> nn.Module:

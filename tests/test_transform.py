@@ -351,7 +351,7 @@ STAGES = [
     "moefx.model.transform.attach",
     "moefx.model.transform.as_saved_class",
     "moefx.model.install.subclass_with",
-    "moefx.model.install._set_child",
+    "moefx.model.install.set_child",
     "moefx.model.realise.make_forward",
     "moefx.model.realise.verify_graph",
     "moefx.model.realise._inline_site",

@@ -35,7 +35,7 @@ def trace(
         model: any module, on any device; on ``meta`` no weight is ever materialised.
         inputs: a dict of keyword arguments, a tuple of positional ones, or ``(tuple, dict)``; ``None`` synthesises them
             for models with a known input maker (every diffusers denoiser).
-        leaf: which modules stay nodes: those of ``torch.nn`` and of moefx, those of ``torch.nn`` alone (``"torch"``: the
+        leaf: which modules stay nodes: those of ``torch.nn`` and of moefx, those of ``torch.nn`` alone (``"torch"``:
             routed modules show their operators), or all below ``model`` but the paths in ``expand``.
         expand: see ``leaf``.
 

@@ -33,7 +33,10 @@ class Undo:
 
 @dataclass
 class Change:
-    """What one module becomes: children to set (None removes), its new forward, parameters that nothing reads now."""
+    """What one module becomes: children to set (None removes), its new forward, parameters that nothing reads now.
+
+    A child's name may be dotted: then it stands below a child that stays.
+    """
 
     path: str
     children: dict[str, nn.Module | None] = field(default_factory=dict)
@@ -62,8 +65,19 @@ def changed_clone(module: nn.Module, change: Change) -> nn.Module:
     clone = module.__class__.__new__(module.__class__)
     clone.__dict__.update(module.__dict__)
     clone.__dict__["_modules"] = dict(module._modules)
+    for name in change.children:
+        _own_down_to(clone, name)
     _apply(clone, change, Undo(change.path))
     return clone
+
+
+def _own_down_to(clone: nn.Module, name: str) -> None:
+    """Copy the modules on the way to a dotted child, so that setting it changes the clone alone."""
+    first, _, rest = name.partition(".")
+    inner = clone._modules.get(first)
+    if rest and inner is not None:
+        clone._modules[first] = copied = changed_clone(inner, Change(""))
+        _own_down_to(copied, rest)
 
 
 def undo_changes(model: nn.Module, undos: list[Undo]) -> None:
@@ -71,7 +85,7 @@ def undo_changes(model: nn.Module, undos: list[Undo]) -> None:
     for undo in reversed(undos):
         module = model.get_submodule(undo.path)
         for name, child in undo.children.items():
-            _set_child(module, name, child)
+            set_child(module, name, child)
         # Children that came since, such as adapters, follow those that were there.
         _reorder(module._modules, undo.order)
         for path, saved in undo.parameters.items():
@@ -111,14 +125,23 @@ def _restore_parameters(owner: nn.Module, saved: dict[str, nn.Parameter | None])
 def _apply(module: nn.Module, change: Change, undo: Undo) -> None:
     undo.order = tuple(module._modules)
     for name, child in change.children.items():
-        undo.children[name] = module._modules.get(name)
-        _set_child(module, name, child)
+        undo.children[name] = child_named(module, name)
+        set_child(module, name, child)
     if change.forward is not None:
         undo.cls = type(module)
         module.__class__ = subclass_with(type(module), change.forward)
 
 
-def _set_child(module: nn.Module, name: str, child: nn.Module | None) -> None:
+def child_named(module: nn.Module, path: str) -> nn.Module | None:
+    """Return a child by its dotted name, or None."""
+    owner, _, name = path.rpartition(".")
+    return module.get_submodule(owner)._modules.get(name)
+
+
+def set_child(module: nn.Module, path: str, child: nn.Module | None) -> None:
+    """Set a child by its dotted name; None removes it."""
+    owner, _, name = path.rpartition(".")
+    module = module.get_submodule(owner)
     if child is not None:
         # Assigning to the dict keeps the child's position, which sequences and offloading rely on.
         module._modules[name] = child

@@ -21,7 +21,7 @@ from moefx.graph import Graph
 from moefx.graph.splice import Splice
 from moefx.graph.verify import verify_graph
 from moefx.model.forward import Forward, has_own_forward, make_forward
-from moefx.model.install import Change
+from moefx.model.install import Change, child_named, set_child
 from moefx.model.local import JSON, empty_dicts, encode, local_graph, output_flag
 from moefx.model.plan import Plan, SitePlan
 from moefx.passes.analysis.local import local_sites, weight_names
@@ -318,12 +318,12 @@ def _node(graph: Graph, name: str, path: str) -> Node:
 @contextmanager
 def future_children(module: nn.Module, children: dict[str, nn.Module | None]) -> Iterator[None]:
     """Let ``module`` have its future children for a moment."""
-    old = dict(module._modules)
+    coming = {name: child for name, child in children.items() if child is not None}
+    old = {name: child_named(module, name) for name in coming}
     try:
-        for name, child in children.items():
-            if child is not None:
-                module._modules[name] = child
+        for name, child in coming.items():
+            set_child(module, name, child)
         yield
     finally:
-        module._modules.clear()
-        module._modules.update(old)
+        for name, before in old.items():
+            set_child(module, name, before)
