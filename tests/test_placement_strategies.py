@@ -184,7 +184,7 @@ def test_affinity_reaches_the_best_known_values(kind: str, wanted: float) -> Non
     assert placed.goal.value == pytest.approx(1 - stay(trace, placed))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "wanted"), [("planted", 0.95 * 0.419), ("dirichlet", 0.95 * 0.521)])
 def test_joint_keeps_affinity_and_balance(kind: str, wanted: float) -> None:
     trace = affinity_instance(kind)

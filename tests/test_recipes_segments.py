@@ -145,6 +145,7 @@ def test_all_blocks_of_a_group_are_the_dense_model() -> None:
     assert torch.equal(model(*inputs), wanted)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", ["tread", "mixture-of-blocks"])
 def test_compiles_whole_for_two_batch_sizes(recipe: str) -> None:
     torch._dynamo.reset()
