@@ -51,7 +51,7 @@ def inputs(tokens: int) -> Inputs:
 
 def planned(model: nn.Module) -> Sparse:
     """Return a transformed model with the FLOP ratio of its plan."""
-    return model, model.moefx.plans[0].cost.flops_ratio  # type: ignore[union-attr]
+    return model, model.moefx.plans[0].cost.flops_ratio
 
 
 def specialised(tokens: int) -> Sparse:

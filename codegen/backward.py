@@ -44,18 +44,12 @@ def last_grad(region: RegionSpec) -> PointGradSpec | None:
 def input_grad(region: RegionSpec, i: int) -> InputGradSpec:
     """Return the kernel of the gradient of what projection ``i`` reads, through the expression before it."""
     spec = region.linears[i]
-    common = {
-        "columns": spec.in_features,
-        "reduced": spec.weight_rows,
-        "dtype": spec.dtype,
-        "weights": spec.weights,
-        "precision": spec.precision,
-    }
+    made = InputGradSpec(spec.in_features, spec.weight_rows, spec.dtype, weights=spec.weights, precision=spec.precision)
     if i > 0:
-        common["before"] = region.linears[i - 1].epilogue
+        made = dataclasses.replace(made, before=region.linears[i - 1].epilogue)
     if _is_combined(region, i) and region.combine is not None:
-        common |= {"combined": True, "bias": spec.bias, "top_k": region.combine.top_k}
-    return InputGradSpec(**common)  # type: ignore[arg-type]
+        made = dataclasses.replace(made, combined=True, bias=spec.bias, top_k=region.combine.top_k)
+    return made
 
 
 def weight_grad(region: RegionSpec, i: int) -> WeightGradSpec:

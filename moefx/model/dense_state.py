@@ -145,7 +145,7 @@ def _copies(pair: _Pair, layer: RoutedFFN) -> FFNWeights:
     shards = stacked.hidden and pair.site.shapes["F"] // stacked.hidden
 
     def whole(tensor: Tensor, axis: int) -> Tensor:
-        copies = tensor.detach().unflatten(0, (-1, shards))  # type: ignore[no-untyped-call]
+        copies = tensor.detach().reshape(-1, shards, *tensor.shape[1:])
         joined = torch.cat(list(copies.unbind(1)), dim=axis)
         if not bool((joined == joined[:1]).all()):
             raise _refused(pair.name, "turn it into a dense one", "its copies were trained apart")

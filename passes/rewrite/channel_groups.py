@@ -6,15 +6,14 @@ Source: DyDiT, arXiv 2410.03456. At its start every group is on and the network 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
 
 from pydantic import Field
 from torch import nn
 
-from moefx.passes.analysis.site import Kind, Site
-from moefx.passes.rewrite.base import Context, Contract, Costs, Edit, SitePass, register_pass
-from moefx.passes.rewrite.cut import cannot_cut, mixes_tokens, splice_ffn
-from moefx.passes.rewrite.dense import dense_weights, ffn_counts, ffn_sizes, hidden_function, unshare
+from moefx.passes.analysis.site import Site
+from moefx.passes.rewrite.base import Context, Contract, Costs, register_pass
+from moefx.passes.rewrite.dense import dense_weights, ffn_counts, ffn_sizes, hidden_function
+from moefx.passes.rewrite.ffn import FFNPass
 from moefx.passes.rewrite.thresholds import TIMESTEP_WIDTH, ThresholdOptions, threshold_gate
 from moefx.routing.channels import ChannelGroups
 from moefx.routing.layout import OnAxis
@@ -29,15 +28,12 @@ class ChannelGroupsOptions(ThresholdOptions):
 
 
 @register_pass
-class ChannelGroupsPass(SitePass):
+class ChannelGroupsPass(FFNPass):
     """Gate groups of hidden neurons."""
 
     name = "channel-groups"
     summary = "FFN -> groups of hidden neurons, switched by the timestep; exact while all are on"
-    site_kind: ClassVar[Kind] = "ffn"
-    requires = frozenset({"ffn-sites"})
     provides = frozenset({"routed-channels"})
-    preserves = frozenset({"attention-sites", "block-sites"})
     Options = ChannelGroupsOptions
     options: ChannelGroupsOptions
 
@@ -46,19 +42,13 @@ class ChannelGroupsPass(SitePass):
         """The timestep."""
         return ("timestep",)
 
-    def refusal(self, site: Site) -> str:
-        """Return why the neurons of this FFN cannot be grouped."""
-        if site.dead:
-            return "its result feeds nothing that is returned"
-        if mixes_tokens(site):
-            return "a depthwise convolution between its projections"
-        if any(rate > 0 for rate in site.operands.get("dropout", ())):
-            return "an active dropout inside it; set its rate to 0 first"
+    def misfit(self, site: Site) -> str:
+        """Return why the options do not fit this FFN."""
         hidden, groups = ffn_sizes(site)[1], self.options.groups
         if hidden % groups:
             divisors = [g for g in range(2, 65) if hidden % g == 0]
             return f"its width {hidden} is not divisible by groups = {groups}; possible: {divisors}"
-        return "" if site.region_is_module else cannot_cut(site)
+        return ""
 
     def contract(self) -> Contract:
         """Exact while every group is on."""
@@ -70,8 +60,8 @@ class ChannelGroupsPass(SitePass):
         gate = (self.options.groups - 1) * ((tap_width or TIMESTEP_WIDTH) + 1)
         return Costs(parameters, parameters + gate, compute, compute)
 
-    def edit(self, context: Context) -> Edit:
-        """Build the grouped FFN from the dense weights, and wire it in where it is not a module of its own."""
+    def build(self, context: Context) -> nn.Module:
+        """Return the grouped FFN that stands where ``context.site`` stood."""
         o, site = self.options, context.site
         dense = dense_weights(site, context.graph)
         if "rest" in site.operands:
@@ -82,9 +72,4 @@ class ChannelGroupsPass(SitePass):
         axis = int(site.shapes["axis"])
         if axis != len(site.shapes["x"]) - 1:
             routed = OnAxis(routed, axis)
-        routed = unshare(routed, context.graph.root).train(context.graph.root.training)
-        return (
-            Edit(routed=routed)
-            if context.whole
-            else Edit(routed=routed, children=splice_ffn(context, self.name, routed))
-        )
+        return routed.train(context.graph.root.training)

@@ -7,18 +7,17 @@ expert next to experts whose output projection starts at zero it is exact. To st
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import nn
 
-from moefx.passes.analysis.site import Kind, Site
-from moefx.passes.rewrite.base import Context, Contract, Costs, Edit, SitePass, register_pass
-from moefx.passes.rewrite.cut import cannot_cut, mixes_tokens, splice_ffn
-from moefx.passes.rewrite.dense import dense_weights, ffn_counts, ffn_sizes, hidden_function, unshare
-from moefx.passes.rewrite.routing_build import accepts_tap, mean_experts, router_parameters, routing, routing_warnings
+from moefx.passes.analysis.site import Site
+from moefx.passes.rewrite.base import Context, Contract, Costs, register_pass
+from moefx.passes.rewrite.dense import dense_weights, ffn_counts, ffn_sizes, hidden_function
+from moefx.passes.rewrite.ffn import RoutedFFNPass
+from moefx.passes.rewrite.routing_build import mean_experts, router_parameters, routing, routing_warnings
 from moefx.passes.rewrite.routing_options import RoutingOptions
 from moefx.routing.activation import Gated
 from moefx.routing.cheap import CheapExperts
@@ -58,39 +57,21 @@ class FreshOptions(RoutingOptions):
 
 
 @register_pass
-class FreshExperts(SitePass):
+class FreshExperts(RoutedFFNPass):
     """Replace an FFN by freshly drawn experts."""
 
     name = "fresh-experts"
     summary = "FFN -> freshly drawn routed experts of any width; exact next to the dense FFN with zero_output"
-    site_kind: ClassVar[Kind] = "ffn"
-    requires = frozenset({"ffn-sites"})
     provides = frozenset({"routed-ffns"})
-    preserves = frozenset({"attention-sites", "block-sites"})
     Options = FreshOptions
     options: FreshOptions
 
-    @property
-    def taps(self) -> tuple[str, ...]:
-        """What router and selector read besides the token."""
-        return self.options.taps
-
-    def accepts(self, tap: str, value: torch.Tensor) -> bool:
-        """Intervals and tables need a raw timestep."""
-        return accepts_tap(self.options, tap, value)
-
-    def refusal(self, site: Site) -> str:
-        """Return why this FFN cannot be replaced."""
-        if site.dead:
-            return "its result feeds nothing that is returned; experts would waste memory and never learn"
-        if mixes_tokens(site):
-            return "a depthwise convolution between its projections mixes tokens"
-        if any(rate > 0 for rate in site.operands.get("dropout", ())):
-            return "an active dropout inside it; set its rate to 0 first"
+    def misfit(self, site: Site) -> str:
+        """Return why the options do not fit this FFN."""
         dim, _, out, _ = ffn_sizes(site)
         if dim != out and self.options.copy_experts + self.options.constant_experts:
             return f"it maps {dim} to {out} features, which copy and constant experts cannot"
-        return "" if site.region_is_module else cannot_cut(site)
+        return ""
 
     def contract(self) -> Contract:
         """Exact next to the kept dense FFN; otherwise the dense function is given up."""
@@ -134,13 +115,6 @@ class FreshExperts(SitePass):
         if "rest" in site.operands or o.shared == "dense" or o.zero_output:
             return False
         return o.form == "same" and "b_out" in site.operands
-
-    def edit(self, context: Context) -> Edit:
-        """Build the routed FFN and wire it in where the dense one is not a module of its own."""
-        routed = unshare(self.build(context), context.graph.root)
-        if context.whole:
-            return Edit(routed=routed)
-        return Edit(routed=routed, children=splice_ffn(context, self.name, routed))
 
     def build(self, context: Context) -> nn.Module:
         """Return the routed FFN that stands where ``context.site`` stood."""

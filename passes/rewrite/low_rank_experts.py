@@ -7,17 +7,16 @@ arXiv 2212.05973; TimeStep Master, arXiv 2503.07416). Exact at the start for eve
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Literal
 
-import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from moefx.passes.analysis.site import Kind, Site
-from moefx.passes.rewrite.base import Context, Contract, Costs, Edit, SitePass, register_pass
-from moefx.passes.rewrite.cut import cannot_cut, mixes_tokens, splice_ffn
-from moefx.passes.rewrite.dense import dense_weights, ffn_counts, ffn_sizes, hidden_function, unshare
-from moefx.passes.rewrite.routing_build import accepts_tap, mean_experts, router_parameters, routing, routing_warnings
+from moefx.passes.analysis.site import Site
+from moefx.passes.rewrite.base import Context, Contract, Costs, register_pass
+from moefx.passes.rewrite.dense import dense_weights, ffn_counts, ffn_sizes, hidden_function
+from moefx.passes.rewrite.ffn import RoutedFFNPass
+from moefx.passes.rewrite.routing_build import mean_experts, router_parameters, routing, routing_warnings
 from moefx.passes.rewrite.routing_options import RoutingOptions
 from moefx.routing.layout import OnAxis
 from moefx.routing.low_rank import LowRankExperts
@@ -46,38 +45,20 @@ class LowRankOptions(RoutingOptions):
 
 
 @register_pass
-class LowRank(SitePass):
+class LowRank(RoutedFFNPass):
     """Add routed low-rank deltas to an FFN."""
 
     name = "low-rank-experts"
     summary = "FFN -> itself + routed low-rank deltas on its linear maps; exact at the start"
-    site_kind: ClassVar[Kind] = "ffn"
-    requires = frozenset({"ffn-sites"})
     provides = frozenset({"routed-ffns"})
-    preserves = frozenset({"attention-sites", "block-sites"})
     Options = LowRankOptions
     options: LowRankOptions
 
-    @property
-    def taps(self) -> tuple[str, ...]:
-        """What router and selector read besides the token."""
-        return self.options.taps
-
-    def accepts(self, tap: str, value: torch.Tensor) -> bool:
-        """Intervals and tables need a raw timestep."""
-        return accepts_tap(self.options, tap, value)
-
-    def refusal(self, site: Site) -> str:
-        """Return why this FFN cannot get deltas."""
-        if site.dead:
-            return "its result feeds nothing that is returned; experts would never learn"
-        if mixes_tokens(site):
-            return "a depthwise convolution between its projections mixes tokens"
-        if any(rate > 0 for rate in site.operands.get("dropout", ())):
-            return "an active dropout inside it; set its rate to 0 first"
+    def misfit(self, site: Site) -> str:
+        """Return why the options do not fit this FFN."""
         if not self._targets(site):
             return "it is not gated, and deltas were asked for its gate alone"
-        return "" if site.region_is_module else cannot_cut(site)
+        return ""
 
     def _targets(self, site: Site) -> list[str]:
         return [name for name in self.options.targets if name != "gate" or "w_gate" in site.operands]
@@ -100,13 +81,6 @@ class LowRank(SitePass):
         router = router_parameters(o, dim, tap_width)
         active = compute + int(delta * mean_experts(o)) + router
         return Costs(parameters, parameters + o.experts * delta + router, compute, active)
-
-    def edit(self, context: Context) -> Edit:
-        """Build the FFN with deltas and wire it in where the dense one is not a module of its own."""
-        routed = unshare(self.build(context), context.graph.root)
-        if context.whole:
-            return Edit(routed=routed)
-        return Edit(routed=routed, children=splice_ffn(context, self.name, routed))
 
     def build(self, context: Context) -> nn.Module:
         """Return the FFN with deltas that stands where ``context.site`` stood."""

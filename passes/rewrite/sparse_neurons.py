@@ -5,25 +5,24 @@ Sources: The Lazy Neuron (arXiv 2210.06313), CHESS (arXiv 2409.01366), Read-ME (
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from moefx.errors import InputError
-from moefx.passes.analysis.site import Kind, Site
+from moefx.passes.analysis.site import Site
 from moefx.passes.calibration.layer import LayerStatistics, hidden
-from moefx.passes.rewrite.base import Context, Contract, Costs, Edit, Options, SitePass, register_pass
-from moefx.passes.rewrite.cut import cannot_cut, mixes_tokens, splice_ffn
+from moefx.passes.rewrite.base import Context, Contract, Costs, Options, register_pass
 from moefx.passes.rewrite.dense import (
     GatedActivation,
     dense_weights,
     ffn_counts,
     ffn_sizes,
     hidden_function,
-    unshare,
 )
+from moefx.passes.rewrite.ffn import FFNPass
 from moefx.routing import fit
 from moefx.routing.experts import DenseFFN
 from moefx.routing.layout import OnAxis
@@ -51,15 +50,12 @@ class NeuronOptions(Options):
 
 
 @register_pass
-class SparseNeurons(SitePass):
+class SparseNeurons(FFNPass):
     """Let an FFN use a part of its neurons."""
 
     name = "sparse-neurons"
     summary = "FFN -> the same with only some neurons per token or sample; approximate"
-    site_kind: ClassVar[Kind] = "ffn"
-    requires = frozenset({"ffn-sites"})
     provides = frozenset({"routed-ffns"})
-    preserves = frozenset({"attention-sites", "block-sites"})
     Options = NeuronOptions
     options: NeuronOptions
 
@@ -77,17 +73,11 @@ class SparseNeurons(SitePass):
         """Thresholds and subsets are measured."""
         return self.options.rule != "top-k"
 
-    def refusal(self, site: Site) -> str:
-        """Return why this FFN cannot be made sparse."""
-        if site.dead:
-            return "its result feeds nothing that is returned"
-        if mixes_tokens(site):
-            return "a depthwise convolution between its projections mixes tokens"
-        if any(rate > 0 for rate in site.operands.get("dropout", ())):
-            return "an active dropout inside it; set its rate to 0 first"
+    def misfit(self, site: Site) -> str:
+        """Return why the options do not fit this FFN."""
         if self.options.rule == "threshold" and "w_gate" in site.operands and site.operands["act"].arity != 1:
             return "its gate does not factor into a function of the gate times the value"
-        return "" if site.region_is_module else cannot_cut(site)
+        return ""
 
     def contract(self) -> Contract:
         """Exact if all neurons stay."""
@@ -108,13 +98,6 @@ class SparseNeurons(SitePass):
         if o.rule == "top-k" and "w_gate" in site.operands:
             decides *= 2
         return Costs(parameters, parameters, compute, decides + int((compute - decides) * o.keep))
-
-    def edit(self, context: Context) -> Edit:
-        """Build the sparse FFN, and wire it in where it is not a module of its own."""
-        routed = unshare(self.build(context), context.graph.root)
-        if context.whole:
-            return Edit(routed=routed)
-        return Edit(routed=routed, children=splice_ffn(context, self.name, routed))
 
     def build(self, context: Context) -> nn.Module:
         """Return the sparse FFN that stands where ``context.site`` stood."""

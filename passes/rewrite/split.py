@@ -8,18 +8,18 @@ option; the published methods are settings of them, and `moefx.calibrate` provid
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import nn
 
 from moefx.errors import InputError
-from moefx.passes.analysis.site import Kind, Site
+from moefx.passes.analysis.site import Site
 from moefx.passes.rewrite._slicing import Slicing
-from moefx.passes.rewrite.base import Context, Contract, Costs, Edit, Options, SitePass, register_pass
-from moefx.passes.rewrite.cut import cannot_cut, mixes_tokens, splice_ffn
-from moefx.passes.rewrite.dense import dense_weights, ffn_counts, ffn_sizes, hidden_function, unshare
+from moefx.passes.rewrite.base import Context, Contract, Costs, Options, register_pass
+from moefx.passes.rewrite.dense import dense_weights, ffn_counts, ffn_sizes, hidden_function
+from moefx.passes.rewrite.ffn import FFNPass
 from moefx.passes.rewrite.routing_options import ALIASES, UNIT
 from moefx.routing.layout import OnAxis
 from moefx.routing.normalise import MODES
@@ -95,15 +95,12 @@ class SplitOptions(Options):
 
 
 @register_pass
-class Split(SitePass):
+class Split(FFNPass):
     """Replace an FFN by routed slices of itself."""
 
     name = "split"
     summary = "FFN -> routed slices of itself and a shared slice; fewer active parameters, approximate"
-    site_kind: ClassVar[Kind] = "ffn"
-    requires = frozenset({"ffn-sites"})
     provides = frozenset({"routed-ffns"})
-    preserves = frozenset({"attention-sites", "block-sites"})
     Options = SplitOptions
     options: SplitOptions
 
@@ -121,19 +118,13 @@ class Split(SitePass):
         """Whether data decides anything."""
         return self.options.measured
 
-    def refusal(self, site: Site) -> str:
-        """Return why this FFN cannot be split."""
-        if site.dead:
-            return "its result feeds nothing that is returned"
-        if mixes_tokens(site):
-            return "a depthwise convolution between its projections mixes tokens"
-        if any(rate > 0 for rate in site.operands.get("dropout", ())):
-            return "an active dropout inside it; set its rate to 0 first"
+    def misfit(self, site: Site) -> str:
+        """Return why the options do not fit this FFN."""
         hidden, slices = ffn_sizes(site)[1], self.options.slices
         if hidden % slices:
             divisors = [n for n in range(1, 65) if hidden % n == 0]
             return f"its width {hidden} is not divisible by experts + shared = {slices}; possible: {divisors}"
-        return "" if site.region_is_module else cannot_cut(site)
+        return ""
 
     def contract(self) -> Contract:
         """Exact if every slice runs at weight 1."""
@@ -170,13 +161,6 @@ class Split(SitePass):
                 "others (compensation='mean') is closer unless all slices are alike"
             ]
         return []
-
-    def edit(self, context: Context) -> Edit:
-        """Build the split FFN, and wire it in where it is not a module of its own."""
-        routed = unshare(self.build(context), context.graph.root)
-        if context.whole:
-            return Edit(routed=routed)
-        return Edit(routed=routed, children=splice_ffn(context, self.name, routed))
 
     def build(self, context: Context) -> nn.Module:
         """Return the split FFN that stands where ``context.site`` stood.

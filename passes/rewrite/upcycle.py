@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import ClassVar
 
 import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from moefx.passes.analysis.site import Kind, Site
-from moefx.passes.rewrite.base import Context, Contract, Costs, Edit, SitePass, register_pass
-from moefx.passes.rewrite.cut import cannot_cut, extract, mixes_tokens, splice_ffn
-from moefx.passes.rewrite.dense import dense_weights, ffn_counts, ffn_sizes, hidden_function, unshare
-from moefx.passes.rewrite.routing_build import accepts_tap, mean_experts, router_parameters, routing, routing_warnings
+from moefx.passes.analysis.site import Site
+from moefx.passes.rewrite.base import Context, Contract, Costs, register_pass
+from moefx.passes.rewrite.cut import extract, mixes_tokens
+from moefx.passes.rewrite.dense import dense_weights, ffn_counts, ffn_sizes, hidden_function
+from moefx.passes.rewrite.ffn import RoutedFFNPass
+from moefx.passes.rewrite.routing_build import mean_experts, router_parameters, routing, routing_warnings
 from moefx.passes.rewrite.routing_options import ALIASES, TOP_K, RoutingOptions
 from moefx.routing.experts import DenseFFN, Experts
 from moefx.routing.initialise import add_noise, arrange_shared, granular_copies, partially_reinitialise
@@ -59,47 +59,35 @@ class UpcycleOptions(RoutingOptions):
 
 
 @register_pass
-class Upcycle(SitePass):
+class Upcycle(RoutedFFNPass):
     """Replace an FFN by routed copies of itself."""
 
     name = "upcycle"
     summary = "FFN -> routed copies of itself; exact at the start unless noise or re-initialisation is asked for"
-    site_kind: ClassVar[Kind] = "ffn"
-    requires = frozenset({"ffn-sites"})
     provides = frozenset({"routed-ffns"})
-    preserves = frozenset({"attention-sites", "block-sites"})
     Options = UpcycleOptions
     options: UpcycleOptions
 
-    @property
-    def taps(self) -> tuple[str, ...]:
-        """What router and selector read besides the token."""
-        return self.options.taps
-
-    def accepts(self, tap: str, value: torch.Tensor) -> bool:
-        """Intervals and tables need a raw timestep."""
-        return accepts_tap(self.options, tap, value)
-
-    def refusal(self, site: Site) -> str:
-        """Return why this FFN cannot be upcycled."""
-        if site.dead:
-            return "its result feeds nothing that is returned; experts would waste memory and never learn"
-        if mixes_tokens(site) and not self.options.plain_copies:
+    def refuse_mixing(self, site: Site) -> str:
+        """Return why whole samples cannot be routed, which is all that an FFN mixing its tokens allows."""
+        if not self.options.plain_copies:
             return (
                 "a depthwise convolution between its projections mixes tokens, so only whole samples can be routed: "
                 "that needs granularity=1, shared=0 and no re-initialisation"
             )
-        if mixes_tokens(site) and (self.options.selector not in TOP_K or set(self.taps) - {"timestep"}):
+        if self.options.selector not in TOP_K or set(self.taps) - {"timestep"}:
             return "a depthwise convolution mixes its tokens: only selectors of the top-k kind route whole samples"
-        if any(rate > 0 for rate in site.operands.get("dropout", ())):
-            return "an active dropout inside it; set its rate to 0 first"
+        return ""
+
+    def misfit(self, site: Site) -> str:
+        """Return why the options do not fit this FFN."""
         hidden = ffn_sizes(site)[1]
         if hidden % self.options.granularity:
             divisors = [g for g in range(1, 33) if hidden % g == 0]
             return (
                 f"its width {hidden} is not divisible by granularity {self.options.granularity}; possible: {divisors}"
             )
-        return "" if site.region_is_module else cannot_cut(site)
+        return ""
 
     def contract(self) -> Contract:
         """Exact where the algebra says so, else approximate up to ``max_error``."""
@@ -139,13 +127,6 @@ class Upcycle(SitePass):
             "differ: train with moefx.aux_loss, or start with noise=1e-3 or reinitialise=0.1, or choose one copy per "
             "token (top_k = granularity), whose default gate N10 trains the router",
         ]
-
-    def edit(self, context: Context) -> Edit:
-        """Build the routed FFN from the dense weights, and wire it in where it is not a module of its own."""
-        routed = unshare(self.build(context), context.graph.root)
-        if context.whole:
-            return Edit(routed=routed)
-        return Edit(routed=routed, children=splice_ffn(context, self.name, routed))
 
     def build(self, context: Context) -> nn.Module:
         """Return the routed FFN that stands where ``context.site`` stood."""

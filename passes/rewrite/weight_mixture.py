@@ -6,16 +6,15 @@ Exact at the start: every basis is a copy, and any convex combination of equals 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import nn
 
-from moefx.passes.analysis.site import Kind, Site
-from moefx.passes.rewrite.base import Context, Contract, Costs, Edit, Options, SitePass, register_pass
-from moefx.passes.rewrite.cut import cannot_cut, mixes_tokens, splice_ffn
-from moefx.passes.rewrite.dense import dense_weights, ffn_counts, ffn_sizes, hidden_function, unshare
+from moefx.passes.analysis.site import Site
+from moefx.passes.rewrite.base import Context, Contract, Costs, Options, register_pass
+from moefx.passes.rewrite.dense import dense_weights, ffn_counts, ffn_sizes, hidden_function
+from moefx.passes.rewrite.ffn import FFNPass
 from moefx.routing.layout import OnAxis
 from moefx.routing.mixture import MixedFFN, leaning_table
 from moefx.routing.scorers import TableRouter
@@ -33,15 +32,12 @@ class WeightMixtureOptions(Options):
 
 
 @register_pass
-class WeightMixture(SitePass):
+class WeightMixture(FFNPass):
     """Mix an FFN's weights out of bases, by timestep."""
 
     name = "weight-mixture"
     summary = "FFN -> weights mixed out of copies for each timestep interval; exact at the start"
-    site_kind: ClassVar[Kind] = "ffn"
-    requires = frozenset({"ffn-sites"})
     provides = frozenset({"mixed-ffns"})
-    preserves = frozenset({"attention-sites", "block-sites"})
     Options = WeightMixtureOptions
     options: WeightMixtureOptions
 
@@ -54,16 +50,6 @@ class WeightMixture(SitePass):
         """Intervals need a raw timestep."""
         return value.ndim <= 1
 
-    def refusal(self, site: Site) -> str:
-        """Return why this FFN cannot be mixed."""
-        if site.dead:
-            return "its result feeds nothing that is returned"
-        if mixes_tokens(site):
-            return "a depthwise convolution between its projections mixes tokens"
-        if any(rate > 0 for rate in site.operands.get("dropout", ())):
-            return "an active dropout inside it; set its rate to 0 first"
-        return "" if site.region_is_module else cannot_cut(site)
-
     def contract(self) -> Contract:
         """Always exact."""
         return Contract("exact", 0.0, "convex combinations of equal weights")
@@ -75,13 +61,6 @@ class WeightMixture(SitePass):
         kept = ffn_sizes(site)[2] if "rest" in site.operands and "b_out" in site.operands else 0
         after = (parameters - kept) * o.bases + kept + o.intervals * o.bases
         return Costs(parameters, after, compute, compute)
-
-    def edit(self, context: Context) -> Edit:
-        """Build the mixed FFN and wire it in where the dense one is not a module of its own."""
-        routed = unshare(self.build(context), context.graph.root)
-        if context.whole:
-            return Edit(routed=routed)
-        return Edit(routed=routed, children=splice_ffn(context, self.name, routed))
 
     def build(self, context: Context) -> nn.Module:
         """Return the mixed FFN that stands where ``context.site`` stood."""
