@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moefx
-from moefx.errors import NothingMatched
+from moefx.errors import InputError, NothingMatched, OptionError
 from moefx.passes.rewrite.routing_options import RoutingOptions
 from moefx.recipes import build_passes, get_recipe, recipes
 from moefx.routing import RoutedFFN
@@ -268,10 +268,24 @@ def test_promoe() -> None:
     def expected(x: Tensor) -> Tensor:
         p = layer.router.scorer.prototypes
         cosine = (x @ p.T) / x.norm(dim=-1, keepdim=True) / p.norm(dim=-1)
-        return mixed(layer, x, cosine * kept(cosine, 1))
+        gates = cosine * kept(cosine, 1)
+        own = torch.cat([torch.zeros_like(gates), torch.ones_like(gates[..., :1])], -1)
+        return mixed(layer, x, torch.where(without.view(-1, 1, 1), own, F.pad(gates, (0, 1))))
 
     x = tokens(layer)
+    without = torch.arange(x.shape[0]) == 1
+    with moefx.routing.given(layer, unconditional=without) as told:
+        assert told == ["selector"]
+        assert_equal(layer, expected, x)
+        layer.train()
+        assert_equal(layer, expected, x)
+    assert layer.experts.num_experts == 4
+    without = torch.zeros(x.shape[0], dtype=torch.bool)
     assert_equal(layer, expected, x)
+    with pytest.raises(InputError, match="one truth value per sample"), moefx.routing.given(layer, unconditional=x > 0):
+        layer(x)
+    with pytest.raises(InputError, match="no layer takes it"), moefx.routing.given(layer, unconditionl=without):
+        pass
     p, flat = layer.router.scorer.prototypes, x.reshape(-1, width(layer))
     chosen = ((flat @ p.T) / p.norm(dim=-1)).argmax(-1)
     used = sorted(set(chosen.tolist()))
@@ -279,6 +293,20 @@ def test_promoe() -> None:
     similar = torch.stack([F.cosine_similarity(p[e].unsqueeze(0), means) for e in used]) / 0.07
     loss = F.cross_entropy(similar, torch.arange(len(used)))
     assert float(layer.record.terms["contrastive"].detach()) == pytest.approx(float(loss.detach()), rel=1e-6)
+
+
+def test_the_label_that_stands_for_none_chooses_the_unconditional_expert() -> None:
+    told = support.realised("promoe", DIT, **SMALL["promoe"])
+    read = support.realised("promoe", DIT, **SMALL["promoe"], unconditional="label", null_label=7)
+    given = support.inputs(DIT, 3) | {"class_labels": torch.tensor([1, 7, 2])}
+    with moefx.routing.given(told, unconditional=torch.tensor([False, True, False])):
+        wanted = support.call(told, given)
+    assert support.error(support.call(read, given), wanted) == 0
+    assert support.error(support.call(told, given), wanted) > 1e-4
+    with pytest.raises(OptionError, match="null_label goes with"):
+        support.realised("promoe", DIT, unconditional="label")
+    with pytest.raises(NothingMatched, match="label"):
+        support.realised("promoe", WAN, every=1, unconditional="label", null_label=7)
 
 
 def test_moma() -> None:

@@ -145,9 +145,24 @@ def composed(setting: Setting) -> list[Condition]:
     ]
 
 
+def scratch(setting: Setting) -> list[Condition]:
+    """Timesteps routed from random weights on, for as many steps as the dense model had."""
+
+    def routed(name: str, recipe_name: str, **options: Any) -> Condition:
+        # The model counts its timesteps from 0 to 1.
+        return Condition(name, recipe(recipe_name, **options), scratch=True)
+
+    return [
+        Condition("dense, from scratch", dense, scratch=True),
+        routed("dtr", "dtr", last_timestep=1.0),
+        routed("switch-dit, without its prior loss", "switch-dit"),
+    ]
+
+
 TABLES: dict[str, Callable[[Setting], list[Condition]]] = {
     "upcycle": upcycle,
     "heads": heads,
     "tokens": tokens,
     "composed": composed,
+    "scratch": scratch,
 }

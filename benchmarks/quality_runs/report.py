@@ -20,6 +20,9 @@ COLUMNS = (
     ("agreement", "class agreement", 3),
 )
 
+# Which row the others are compared with.
+REFERENCES = ("dense, trained", "dense, from scratch")
+
 
 def write(table: Table, folder: Path) -> str:
     """Write the table as Markdown and as a picture beside its JSON; return the Markdown."""
@@ -34,13 +37,13 @@ def write(table: Table, folder: Path) -> str:
 def markdown(table: Table) -> str:
     """Return one row per condition."""
     seeds = max(len(runs) for runs in table.runs.values())
-    reference = next((runs for name, runs in table.runs.items() if name.startswith("dense, trained")), None)
+    reference = next((runs for name, runs in table.runs.items() if name.startswith(REFERENCES)), None)
     lines = [
         f"# {table.name}: {table.setting.name}, {seeds} seeds",
         "",
         f"Dense model: {table.setting.dense.steps} steps; every condition then gets "
         f"{table.setting.extra.steps} steps, or what its `steps` says. Mean ± standard deviation over seeds; "
-        "`against dense`: mean of the paired relative differences of the loss to the dense model trained further.",
+        "`against dense`: mean of the paired relative differences of the loss to the dense model with as many steps.",
         "",
         "| condition | steps | against dense | " + " | ".join(title for _, title, _ in COLUMNS) + " |",
         "|---|---:|---:|" + "---:|" * len(COLUMNS),

@@ -41,6 +41,11 @@ class Setting:
             judge=judge,
         )
 
+    @property
+    def fifth(self) -> float:
+        """The share of ``extra``'s steps that makes at most a fifth of the dense model's own."""
+        return min(1.0, 0.2 * self.dense.steps / self.extra.steps)
+
     def data(self, seed: int) -> Digits:
         """Load the images, split within each class."""
         return _mnist(self.validation_share, seed) if self.name == "mnist" else small_digits.load(0.2, seed)
@@ -59,7 +64,7 @@ SETTINGS = {
         name="mnist",
         model=ModelConfig(image_size=28, patch=4, depth=4, width=64, heads=8),
         dense=StageConfig(steps=3000, learning_rate=2e-3, warmup_steps=200, batch=64, evaluate_every=250),
-        extra=StageConfig(steps=1000, learning_rate=1e-3, warmup_steps=100, batch=64, evaluate_every=250),
+        extra=StageConfig(steps=500, learning_rate=1e-3, warmup_steps=50, batch=32, evaluate_every=250),
         judge=JudgeConfig(draws_per_bucket=1, samples_per_class=50, components=64),
     ),
 }

@@ -21,8 +21,6 @@ from moefx.training.distil import distil
 
 CALIBRATION_BATCHES = 12
 TOKENS = 4096
-# At most a fifth of the dense model's 1,500 steps: 0.3 of the table's 1,000.
-SHARE_OF_STEPS = 0.3
 RATE = 4e-3
 
 
@@ -107,6 +105,6 @@ def table(setting: Setting) -> list[Condition]:
     train = trained(setting)
     return [
         Condition("dense, not trained further", dense, steps=0),
-        Condition("dense, trained further", dense, steps=SHARE_OF_STEPS, train=train),
-        *(Condition(name, build, steps=SHARE_OF_STEPS, train=train) for name, build in made),
+        Condition("dense, trained further", dense, steps=setting.fifth, train=train),
+        *(Condition(name, build, steps=setting.fifth, train=train) for name, build in made),
     ]

@@ -5,6 +5,7 @@ tap            value
 =============  ======================================================================================================
 timestep       ``[B]`` or ``[B, D_t]``: the raw timestep, else an embedding of it, else of it and the label
 condition      ``[B, D_c]``: an embedding of the timestep, of the label or pooled text too where there is one
+label          ``[B]``: the label itself, an integer, as it entered the model
 pooled         ``[B, D_p]``: an embedding of the label or pooled text alone
 text           ``[B, S, D_s]``: the text tokens
 unmodulated    ``[B, T, D]``: the site's input after its norm, before adaLN scales and shifts it
@@ -57,6 +58,7 @@ _WANTED = {
     "timestep": _Wanted(_TIME, _TIME | _LABEL, _per_sample, lambda v, found: (v.ndim - 1) + 2 * (len(found) - 1)),
     "condition": _Wanted(_TIME, _TIME | _LABEL, _embedding, lambda _, found: -len(found)),
     "pooled": _Wanted(_LABEL, _LABEL, _embedding, lambda *_: 0),
+    "label": _Wanted(_LABEL, _LABEL, lambda v: v.ndim == 1 and not v.is_floating_point(), lambda *_: 0),
     "text": _Wanted(_TEXT, _TEXT | {"mask", "position"}, _sequence, lambda *_: 0),
 }
 TAPS = (*_WANTED, "unmodulated")

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import _functional_collectives as fc
-from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from moefx import ops
 from moefx.errors import MoefxError
@@ -85,52 +83,50 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
     return out
 
 
-class Flight:
-    """An exchange that goes on while other work is done; its gradient travels the same way back.
+Flight = tuple[Tensor, Tensor]
+
+
+def launch(rows_RD: Tensor, sent: Splits, received: Splits, group: Any) -> Flight:
+    """Begin an exchange that goes on while other work is done; :func:`arrive` ends it, once and before any use.
+
+    What is returned is the memory in which rows arrive, and a token of the shape of what was sent, without memory of
+    its own: along it the gradient flies back, so that the backward pass has a launch and a wait of its own too.
 
     Args:
-        rows_RD: rows in the order of their receivers; must not change before :meth:`finish`.
+        rows_RD: rows in the order of their receivers; must not change before the end.
         sent: rows for each rank ``[G]``.
         received: rows from each rank ``[G]``.
         group: the ranks.
     """
+    flight: Flight = _Launch.apply(rows_RD, sent, received, group)  # type: ignore[no-untyped-call]
+    return flight
 
-    def __init__(self, rows_RD: Tensor, sent: Splits, received: Splits, group: Any) -> None:
-        self.sent, self.received, self.group = sent, received, group
-        self.works: list[Any] = []
-        self.returned: Tensor | None = None
-        self._arriving: Tensor = _Start.apply(rows_RD, self)  # type: ignore[no-untyped-call]
 
-    def finish(self) -> Tensor:
-        """Wait, and return what arrived, by sender."""
-        out: Tensor = _Finish.apply(self._arriving, self)  # type: ignore[no-untyped-call]
-        return out
-
-    def launch(self, rows: Tensor, sent: Splits, received: Splits) -> Tensor:
-        """Begin to send rows and return the memory in which others arrive."""
-        _count(rows, sent)
-        rows = rows.contiguous()
-        arriving = rows.new_empty((sum(received), *rows.shape[1:]))
-        group = _resolve_process_group(cast(Any, self.group)) if isinstance(self.group, str) else self.group
-        with _loss_of_rank(len(sent)):
-            work = dist.all_to_all_single(arriving, rows, received, sent, group=group, async_op=True)
-        self.works.append((work, rows))  # what is sent must stay until the wait
-        return arriving
-
-    def wait(self) -> None:
-        """Wait for the exchange launched first of those not waited for."""
-        work, rows = self.works.pop(0)
-        with _loss_of_rank(len(self.sent)):
-            work.wait()
-        del rows
+def arrive(flight: Flight, sent: Splits, received: Splits, group: Any) -> Tensor:
+    """Wait for what :func:`launch` began with the same arguments, and return what arrived, by sender."""
+    out: Tensor = _Arrive.apply(*flight, sent, received, group)  # type: ignore[no-untyped-call]
+    return out
 
 
 def _all_to_all(rows: Tensor, sent: Splits, received: Splits, group: Any) -> Tensor:
+    return _end(_begin(rows, sent, received, group), len(sent))
+
+
+def _begin(rows: Tensor, sent: Splits, received: Splits, group: Any) -> Tensor:
+    """Return the memory in which rows arrive; torch keeps what is sent until the wait."""
     if torch.compiler.is_compiling():
-        return _wait(fc.all_to_all_single(rows.contiguous(), received, sent, group))
+        return fc.all_to_all_single(rows.contiguous(), received, sent, group)
     _count(rows, sent)
     with _loss_of_rank(len(sent)):
-        return _wait(fc.all_to_all_single(rows.contiguous(), received, sent, group))
+        out = fc.all_to_all_single(rows.contiguous(), received, sent, group)
+    return out.elem if isinstance(out, fc.AsyncCollectiveTensor) else out
+
+
+def _end(arriving: Tensor, ranks: int) -> Tensor:
+    if torch.compiler.is_compiling():
+        return fc.wait_tensor(arriving)
+    with _loss_of_rank(ranks):
+        return fc.wait_tensor(arriving)
 
 
 @contextmanager
@@ -151,36 +147,31 @@ def _count(rows: Tensor, sent: Splits) -> None:
         counter += np.array(sent, dtype=np.int64) * row_bytes
 
 
-def _wait(out: Tensor) -> Tensor:
-    return out.wait() if isinstance(out, fc.AsyncCollectiveTensor) else out
-
-
-class _Start(torch.autograd.Function):
+class _Launch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, flight: Flight) -> Tensor:
-        ctx.flight = flight
-        return flight.launch(rows_RD, flight.sent, flight.received)
+    def forward(ctx: Any, rows_RD: Tensor, sent: Splits, received: Splits, group: Any) -> Flight:
+        ctx.set_materialize_grads(False)
+        ctx.ranks = len(sent)
+        arriving = _begin(rows_RD, sent, received, group)
+        return arriving, rows_RD.new_empty(()).expand(rows_RD.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, None]:
-        ctx.flight.wait()
-        return ctx.flight.returned, None
+    def backward(ctx: Any, _: None, flying: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        return None if flying is None else _end(flying, ctx.ranks), None, None, None
 
 
-class _Finish(torch.autograd.Function):
+class _Arrive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, arriving: Tensor, flight: Flight) -> Tensor:
-        ctx.flight = flight
-        flight.wait()
-        return arriving.view_as(arriving)
+    def forward(ctx: Any, arriving: Tensor, token: Tensor, sent: Splits, received: Splits, group: Any) -> Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        out = _end(arriving, len(sent))
+        return out.view_as(out)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        # What is returned only says that this is done: the gradient itself is on its way.
-        ctx.flight.returned = ctx.flight.launch(grad, ctx.flight.received, ctx.flight.sent)
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None, None]:
+        return None, _begin(grad, ctx.received, ctx.sent, ctx.group), None, None, None
 
 
 class _Exchange(torch.autograd.Function):

@@ -5,7 +5,7 @@ Legend: L routed layers, G ranks.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import nn
@@ -14,11 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moefx.errors import InputError, MoefxError, OptionError, PlanError
 from moefx.parallel.agree import agree, structure_digest, text_digest, weights_digest
-from moefx.parallel.experts import ParallelExperts
+from moefx.parallel.divided import DividedExperts
+from moefx.parallel.experts import KINDS
 from moefx.parallel.overlap import prepare
 from moefx.parallel.roster import Roster
 from moefx.passes.placement import ModelDims, Placement, routed_layers
-from moefx.routing.experts import Experts
+from moefx.passes.placement.stacks import stack_of
 
 Model = TypeVar("Model", bound=nn.Module)
 EXPERT_DIM = "expert"
@@ -83,11 +84,11 @@ def parallelize(
     own = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
     rank, layout = dist.get_rank(own), placement.layouts[0]
     for i, layer in enumerate(routed_layers(model).values()):
-        assert isinstance(layer.experts, Experts)
-        shared = prepare(layer) if overlap_shared else None
-        layer.experts = ParallelExperts(
-            layer.experts, Roster.of(layout, i), rank, own.group_name, chunks=chunks, once=once, shared=shared
-        )
+        stack = stack_of(layer)
+        kind: Any = KINDS[type(stack.experts)]
+        shared = prepare(layer) if overlap_shared and kind.overlaps else None
+        options = {"chunks": chunks, "once": once, "shared": shared}
+        stack.owner.experts = kind(stack.experts, Roster.of(layout, i), rank, own.group_name, **options)
     model.__dict__[PLACEMENT] = placement
     model.__dict__[DATA_GROUP] = None if data is None else data.group_name
     _leave_to_us(model)
@@ -109,13 +110,13 @@ def _agree_everywhere(
         raise problem
 
 
-def parallel_layers(model: nn.Module) -> dict[str, ParallelExperts]:
+def parallel_layers(model: nn.Module) -> dict[str, DividedExperts]:
     """Return the parallel experts of ``model`` by dotted name.
 
     Raises:
         PlanError: there are none.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, ParallelExperts)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, DividedExperts)}
     if not layers:
         raise PlanError(
             f"use {type(model).__name__} as a parallel model", found="no parallel experts", do="parallelize it first"
@@ -167,16 +168,18 @@ def _check(model: object, group: dist.ProcessGroup, placement: object, asked: st
         found = f"a {type(model).__name__} and a {type(placement).__name__}"
         raise InputError(asked, found=found, do="pass a torch.nn.Module and a Placement")
     layers = routed_layers(model)
-    if any(isinstance(layer.experts, ParallelExperts) for layer in layers.values()):
+    stacks = {name: stack_of(layer).experts for name, layer in layers.items()}
+    if any(isinstance(experts, DividedExperts) for experts in stacks.values()):
         raise PlanError(asked, found="it is parallel already", do="build the model anew, or use it as it is")
-    whole = [name for name, layer in layers.items() if type(layer.experts) is not Experts]
-    if whole:
+    other = {name: type(experts).__name__ for name, experts in stacks.items() if type(experts) not in KINDS}
+    if other:
+        known = ", ".join(kind.__name__ for kind in KINDS)
         raise PlanError(
             asked,
-            found=f"{', '.join(whole)}: experts that are modules, or are offloaded, rather than stacked weights here",
-            do="leave these sites dense (skip=...) or call moefx.onload, or run the model on one process",
+            found=", ".join(f"{name}: experts of class {kind}" for name, kind in other.items()),
+            do=f"leave these sites dense (skip=...), or use one of {known}; offloaded experts need moefx.onload first",
         )
-    if len({id(layer.experts) for layer in layers.values()}) < len(layers):
+    if len({id(experts) for experts in stacks.values()}) < len(stacks):
         raise PlanError(asked, found="two layers share their experts", do="give each its own")
     if len(placement.devices) != dist.get_world_size(group):
         raise PlanError(

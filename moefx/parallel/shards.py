@@ -31,10 +31,10 @@ from moefx.errors import InputError, MoefxError, UnsafeInputError
 from moefx.model.layout import FileEntry, describe
 from moefx.model.staging import replacing
 from moefx.parallel.agree import agree
-from moefx.parallel.experts import ParallelExperts
+from moefx.parallel.divided import DividedExperts
 from moefx.parallel.parallelize import DATA_GROUP
 from moefx.passes.placement import routed_layers
-from moefx.routing.experts import Experts
+from moefx.passes.placement.stacks import stack_of, stacked_parameters
 
 MANIFEST, REPLICATED = "moefx_shards.json", "replicated.safetensors"
 VERSION = 1
@@ -71,7 +71,7 @@ def save_shards(
     layers, held = _layers(model), _listed(optimizers)
     rank, world = dist.get_rank(), dist.get_world_size()
     first = next(iter(layers.values()))
-    writes = not isinstance(first, ParallelExperts) or _first_of_data(model)
+    writes = not isinstance(first, DividedExperts) or _first_of_data(model)
     asked = f"save a checkpoint into {str(folder)!r}"
     with ExitStack() as stack:
         stage: list[str | None] = [None]
@@ -134,7 +134,7 @@ def load_shards(model: nn.Module, folder: str | os.PathLike[str], optimizers: Op
             else:
                 owner.state[key[0]][key[1]] = value
     for layer in _layers(model).values():
-        if isinstance(layer, ParallelExperts):
+        if isinstance(layer, DividedExperts):
             layer.rehome(layer.roster)  # copies are sent their weights again
     return manifest.extra
 
@@ -253,19 +253,20 @@ def _wrapped(asked: str, error: Exception) -> MoefxError:
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
-    return {f"{n}.experts": r.experts for n, r in routed_layers(model).items() if isinstance(r.experts, Experts)}
+    stacks = {name: stack_of(layer) for name, layer in routed_layers(model).items()}
+    return {f"{name}.{stack.path}": stack.experts for name, stack in stacks.items()}
 
 
-def _stacked(layer: Experts) -> list[str]:
-    return [name for name, _ in layer.named_parameters(recurse=False) if name != "b_out"]
+def _stacked(layer: nn.Module) -> list[str]:
+    return list(stacked_parameters(layer))
 
 
-def _homes(layer: Experts) -> tuple[tuple[int, ...], ...]:
-    return layer.homes if isinstance(layer, ParallelExperts) else (tuple(range(layer.num_experts)),)
+def _homes(layer: Any) -> tuple[tuple[int, ...], ...]:
+    return layer.homes if isinstance(layer, DividedExperts) else (tuple(range(layer.num_experts)),)
 
 
-def _index(layer: Experts) -> int:
-    return layer.rank if isinstance(layer, ParallelExperts) else 0
+def _index(layer: Any) -> int:
+    return layer.rank if isinstance(layer, DividedExperts) else 0
 
 
 def _first_of_data(model: nn.Module) -> bool:

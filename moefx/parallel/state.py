@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
-from moefx.parallel.experts import ParallelExperts
+from moefx.parallel.divided import DividedExperts
 from moefx.parallel.parallelize import DATA_GROUP, expert_parameters, parallel_layers
 
 
@@ -77,7 +77,7 @@ def gather_state_dict(model: nn.Module) -> dict[str, Any]:
     return state
 
 
-def gather_experts(layer: ParallelExperts, local: Tensor) -> Tensor:
+def gather_experts(layer: DividedExperts, local: Tensor) -> Tensor:
     """Return ``[E, ...]`` on every rank from each rank's ``[E_local, ...]``, a parameter or its gradient."""
     group = _group(layer)
     full = local.new_empty((layer.num_experts, *local.shape[1:]))
@@ -90,6 +90,6 @@ def gather_experts(layer: ParallelExperts, local: Tensor) -> Tensor:
     return full
 
 
-def _group(layer: ParallelExperts) -> dist.ProcessGroup:
+def _group(layer: DividedExperts) -> dist.ProcessGroup:
     found: dist.ProcessGroup = _resolve_process_group(cast(Any, layer.group))
     return found

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 
 from moefx.errors import InputError, MoefxError, PlanError
 from moefx.parallel.agree import agree, text_digest
+from moefx.parallel.divided import DividedExperts, flat_rows
 from moefx.parallel.exchange import exchange
-from moefx.parallel.experts import ParallelExperts
 from moefx.parallel.parallelize import PLACEMENT, parallel_layers
 from moefx.parallel.roster import Roster
 from moefx.passes.placement import Placement
@@ -69,7 +69,7 @@ def switch(model: nn.Module, layout: Placement | float, optimizers: Optimizers =
 
 
 def _rosters(
-    model: nn.Module, layers: dict[str, ParallelExperts], layout: Placement | float, asked: str
+    model: nn.Module, layers: dict[str, DividedExperts], layout: Placement | float, asked: str
 ) -> list[Roster]:
     own: Placement | None = model.__dict__.get(PLACEMENT)
     if isinstance(layout, int | float):
@@ -89,7 +89,7 @@ def _rosters(
     return [Roster.of(layout, i) for i in range(len(layers))]
 
 
-def _no_gradients(layers: dict[str, ParallelExperts], asked: str) -> None:
+def _no_gradients(layers: dict[str, DividedExperts], asked: str) -> None:
     for prefix, layer in layers.items():
         for name in layer.stacked_names:
             if layer.get_parameter(name).grad is not None:
@@ -97,7 +97,7 @@ def _no_gradients(layers: dict[str, ParallelExperts], asked: str) -> None:
                 raise PlanError(asked, found=found, do="call optimizer.step() and zero_grad(set_to_none=True) first")
 
 
-def _states(layer: ParallelExperts, optimizers: list[Optimizer]) -> list[dict[str, Tensor]]:
+def _states(layer: DividedExperts, optimizers: list[Optimizer]) -> list[dict[str, Tensor]]:
     """Return, for each stacked parameter and optimizer, the state tensors that have one row per expert."""
     found = []
     for name in layer.stacked_names:
@@ -110,11 +110,13 @@ def _states(layer: ParallelExperts, optimizers: list[Optimizer]) -> list[dict[st
 
 
 @torch.no_grad()
-def _move(layer: ParallelExperts, roster: Roster, optimizers: list[Optimizer]) -> None:
+def _move(layer: DividedExperts, roster: Roster, optimizers: list[Optimizer]) -> None:
     for name in layer.stacked_names:
         old = layer.get_parameter(name)
         moved = moved_rows(old.data, layer.roster, roster, layer.rank, layer.group)
-        new = layer._parameters[name] = nn.Parameter(moved, requires_grad=old.requires_grad)
+        new = nn.Parameter(moved, requires_grad=old.requires_grad)
+        path, _, leaf = name.rpartition(".")
+        layer.get_submodule(path)._parameters[leaf] = new
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["params"] = [new if p is old else p for p in group["params"]]
@@ -129,7 +131,7 @@ def _move(layer: ParallelExperts, roster: Roster, optimizers: list[Optimizer]) -
                     state[key] = _largest(value, layer)  # a rank without experts may not have counted its steps
 
 
-def _largest(value: Tensor, layer: ParallelExperts) -> Tensor:
+def _largest(value: Tensor, layer: DividedExperts) -> Tensor:
     found = value.to(layer.slot_bounds.device, copy=True)
     dist.all_reduce(found, op=dist.ReduceOp.MAX, group=_resolve_process_group(cast(Any, layer.group)))
     return found.to(value.device)
@@ -140,8 +142,7 @@ def moved_rows(local: Tensor, before: Roster, after: Roster, rank: int, group: s
     leaving = [[i for i, e in enumerate(before.homes[rank]) if e in set(home)] for home in after.homes]
     arriving = [[e for e in home if e in set(after.homes[rank])] for home in before.homes]
     chosen = torch.tensor([i for part in leaving for i in part], dtype=torch.int64, device=local.device)
-    rows = local.reshape(local.shape[0], -1) if local.numel() else local.new_empty((0, local[0:0].shape[1:].numel()))
-    got = exchange(rows[chosen], [len(p) for p in leaving], [len(p) for p in arriving], group)
+    got = exchange(flat_rows(local)[chosen], [len(p) for p in leaving], [len(p) for p in arriving], group)
     place = {expert: i for i, expert in enumerate(e for part in arriving for e in part)}
     order = torch.tensor([place[e] for e in after.homes[rank]], dtype=torch.int64, device=local.device)
     return got[order].reshape(len(order), *local.shape[1:])

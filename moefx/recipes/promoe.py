@@ -5,12 +5,12 @@ from moefx.recipes.base import Choices, Recipe, register_recipe
 RECIPE = register_recipe(
     Recipe(
         name="promoe",
-        summary="every 2nd FFN -> 1 of 12 half-width SwiGLU experts by cosine to prototypes, + a shared one",
+        summary="every 2nd FFN -> 1 of 12 half-width SwiGLU experts by cosine to prototypes, or the unconditional one, + shared",
         paper="ProMoE, arXiv 2510.24711",
-        equation="y = S(x) + cos(x, P_e) E_e(x), e = argmax_i cos(x, P_i)",
+        equation="y = S(x) + cos(x, P_e) E_e(x), e = argmax_i cos(x, P_i); of a sample without a condition y = S(x) + E_u(x)",
         passes={
             "fresh-experts": {
-                "experts": 12,
+                "experts": 13,
                 "top_k": 1,
                 "form": "swiglu",
                 "hidden": 0.5,
@@ -18,22 +18,26 @@ RECIPE = register_recipe(
                 "shared_hidden": 0.5,
                 "scorer": "cosine",
                 "normalise": "identity",
+                "unconditional": "given",
                 "every": 2,
                 "losses": {"contrastive": 1.0},
             }
         },
         choices=Choices(
             granularity="token",
-            reads="token",
+            reads="token, and whether the sample has a condition",
             scorer="cosine to prototypes",
-            selector="top-1 of 12",
-            normaliser="identity",
+            selector="the unconditional expert by rule, else top-1 of 12",
+            normaliser="identity; 1 for the unconditional expert",
             experts="half-width SwiGLU FFNs",
             combine="weighted sum + shared",
             losses="contrastive 1, temperature 0.07",
             start="different: the experts are drawn anew",
         ),
-        notes="The first of the two routing steps, a fixed expert for samples without a label, is left out: "
-        "whether a sample's label was dropped is no value that the blocks of a denoiser see.",
+        notes="experts counts the unconditional one, which is the last. The released code knows it by the label 1000; here "
+        "the caller says which samples it serves, with moefx.routing.given(model, unconditional=mask), or "
+        "unconditional='label', null_label=1000 reads the label where the blocks see it. As long as nobody says so every "
+        "sample has a condition. It takes one slot, where the released code fills all of top_k with it. The factor on the "
+        "cosine that the paper has and the code has not is left out.",
     )
 )

@@ -6,7 +6,7 @@ a block, ``initialise`` starts from dense weights, ``losses`` and ``record`` bal
 float32 where it matters.
 
 ``scorers`` and ``recurrent`` are what a router may be, ``selectors`` and ``by_expert`` who chooses whom, ``terms``
-further auxiliary losses, ``cheap``, ``low_rank``, ``masks`` and ``mixture`` other kinds of experts.
+further auxiliary losses, ``given`` what only the caller knows, ``cheap``, ``low_rank``, ``masks`` and ``mixture`` other kinds of experts.
 """
 
 from moefx.routing import initialise
@@ -16,6 +16,7 @@ from moefx.routing.channels import ChannelGroups
 from moefx.routing.cheap import CheapExperts
 from moefx.routing.depths import TokenRouter, route_tokens
 from moefx.routing.experts import DenseFFN, Experts
+from moefx.routing.given import given
 from moefx.routing.heads import HeadGate, QueryGate, apply_head_gates
 from moefx.routing.low_rank import LowRankExperts
 from moefx.routing.moe import RoutedFFN, Routing
@@ -82,6 +83,7 @@ __all__ = [
     "follow",
     "gather_rows",
     "gather_tokens",
+    "given",
     "group_limited_top_k",
     "initialise",
     "normalise",

@@ -74,13 +74,13 @@ def contrastive(decision: Decision) -> Tensor:
     ``mean_i −log exp(cos(p_i, m_i)/τ) / Σ_j exp(cos(p_i, m_j)/τ)`` over the experts that have tokens, τ = 0.07.
     """
     prototypes: Tensor = decision.layer.router.scorer.prototypes  # type: ignore[union-attr,assignment]
-    n = decision.logits.shape[-1]
+    n = prototypes.shape[0]  # an expert without a prototype, for unconditional samples, has no part in it
     chosen_TN = spread(torch.ones_like(decision.gates), decision.groups, n)
     x = decision.x.to(chosen_TN.dtype)
     counts = chosen_TN.sum(0)
     means = (chosen_TN.T @ x) / counts.clamp(min=1).unsqueeze(-1)
     used = counts > 0
-    cosine = F.normalize(prototypes.to(x.dtype)[:n], dim=-1) @ F.normalize(means, dim=-1).T / TEMPERATURE
+    cosine = F.normalize(prototypes.to(x.dtype), dim=-1) @ F.normalize(means, dim=-1).T / TEMPERATURE
     cosine = cosine.masked_fill(~used, torch.finfo(cosine.dtype).min)
     losses = -cosine.log_softmax(-1).diagonal()
     return torch.where(used, losses, 0).sum() / used.sum().clamp(min=1)

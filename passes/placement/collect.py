@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moefx.errors import InputError, NothingMatched, OptionError
 from moefx.passes.placement.count import POSITION_BINS
+from moefx.passes.placement.stacks import expert_count
 from moefx.passes.placement.trace import Array, RoutingTrace
 from moefx.routing.moe import RoutedFFN
 
@@ -36,11 +37,6 @@ def routed_layers(model: nn.Module) -> dict[str, RoutedFFN]:
             do="call moefx.transform(model) first",
         )
     return layers
-
-
-def expert_count(layer: Any) -> int:
-    """Return the number of experts of a routed FFN, of which a parallel one holds only some."""
-    return int(layer.experts.num_experts)
 
 
 class TraceCollector:

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from moefx.errors import OptionError, PlanError
-from moefx.passes.placement.collect import expert_count, routed_layers
-from moefx.routing.experts import Experts
-
-# b_out is added once after the experts, on every device.
-_NOT_STACKED = "b_out"
+from moefx.passes.placement.collect import routed_layers
+from moefx.passes.placement.stacks import expert_count, row_widths, stack_of, stacked_parameters
 
 
 @dataclass(frozen=True)
@@ -28,6 +23,7 @@ class ModelDims:
         expert_bytes: weights of one expert of each layer.
         shared_bytes: weights that every device keeps: all the others.
         row_bytes: of one row on its way to an expert of each layer; empty if unknown.
+        return_bytes: of one row on its way back; empty if it is as many.
         row_flops: floating-point operations of one row in an expert of each layer; empty if unknown.
     """
 
@@ -37,6 +33,7 @@ class ModelDims:
     shared_bytes: int = 0
     row_bytes: tuple[int, ...] = ()
     row_flops: tuple[float, ...] = ()
+    return_bytes: tuple[int, ...] = ()
 
     def need_rows(self, asked: str) -> None:
         """Refuse to go on without the sizes of rows.
@@ -56,31 +53,28 @@ class ModelDims:
             NothingMatched: it has no routed FFN.
         """
         layers = routed_layers(model)
-        stacked = {
-            name: [p for key, p in _parameters(layer.experts) if key != _NOT_STACKED] for name, layer in layers.items()
-        }
+        stacks = [stack_of(layer).experts for layer in layers.values()]
+        stacked = [list(stacked_parameters(experts).values()) for experts in stacks]
         total = sum(p.nbytes for p in model.parameters())
+        widths = [pair for experts in stacks if (pair := row_widths(experts)) is not None]
+        known = len(widths) == len(stacks)  # rows of whole modules are as long as the samples
+        sizes = [max((p.element_size() for p in parameters), default=0) for parameters in stacked]
+        there, back = ([width[way] * size for width, size in zip(widths, sizes, strict=False)] for way in (0, 1))
         return cls(
             layers=tuple(layers),
             experts=tuple(expert_count(layer) for layer in layers.values()),
-            expert_bytes=tuple(
-                sum(p.element_size() * math.prod(p.shape[1:]) for p in stacked[name]) for name in layers
-            ),
-            shared_bytes=total - sum(p.nbytes for parameters in stacked.values() for p in parameters),
-            row_bytes=tuple(_row_bytes(layer) for layer in layers.values()),
-            row_flops=tuple(2.0 * sum(math.prod(p.shape[1:]) for p in stacked[name] if p.ndim > 2) for name in layers),
+            expert_bytes=tuple(sum(p.element_size() * math.prod(p.shape[1:]) for p in of) for of in stacked),
+            shared_bytes=total - sum(p.nbytes for parameters in stacked for p in parameters),
+            row_bytes=tuple(there) if known else (),
+            row_flops=tuple(2.0 * sum(math.prod(p.shape[1:]) for p in of if p.ndim > 2) for of in stacked)
+            if known
+            else (),
+            return_bytes=tuple(back) if known and back != there else (),
         )
 
-
-def _row_bytes(layer: Any) -> int:
-    """Return the bytes of one row: the first stacked matrix [E, F, D] reads it."""
-    matrices = [p for _, p in _parameters(layer.experts) if p.ndim > 2]
-    return int(matrices[0].shape[-1]) * int(matrices[0].element_size()) if matrices else 0
-
-
-def _parameters(experts: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters of experts; an activation with parameters is no expert, but copies of a module are."""
-    return experts.named_parameters(recurse=not isinstance(experts, Experts))
+    def back_bytes(self, layer: int) -> int:
+        """Return the bytes of one row of a layer on its way back."""
+        return (self.return_bytes or self.row_bytes)[layer]
 
 
 @dataclass(frozen=True)

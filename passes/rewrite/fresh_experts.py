@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import nn
@@ -18,13 +19,14 @@ from moefx.passes.rewrite.base import Context, Contract, Costs, register_pass
 from moefx.passes.rewrite.dense import dense_weights, ffn_counts, ffn_sizes, hidden_function
 from moefx.passes.rewrite.ffn import RoutedFFNPass
 from moefx.passes.rewrite.routing_build import mean_experts, router_parameters, routing, routing_warnings
-from moefx.passes.rewrite.routing_options import RoutingOptions
+from moefx.passes.rewrite.routing_options import TOP_K, RoutingOptions
 from moefx.routing.activation import Gated
 from moefx.routing.cheap import CheapExperts
 from moefx.routing.experts import DenseFFN, Experts
 from moefx.routing.initialise import zero_output
 from moefx.routing.layout import OnAxis
 from moefx.routing.moe import RoutedFFN
+from moefx.routing.unconditional import Unconditional, UnconditionalRouter
 from moefx.routing.weights import FFNWeights, random_weights
 
 
@@ -40,7 +42,23 @@ class FreshOptions(RoutingOptions):
     copy_experts: int = Field(0, ge=0, description="of the experts, how many return the token")
     constant_experts: int = Field(0, ge=0, description="of the experts, how many mix the token with a learnt vector")
     tau: float = Field(0.75, gt=0, le=1, description="weight of those cheap experts in the term weighted_balance")
+    unconditional: Literal["none", "given", "label"] = Field(
+        "none",
+        description="the last expert serves samples without a condition alone: those that the caller names (given), or "
+        "those with null_label (label)",
+    )
+    null_label: int | None = Field(None, ge=0, description="label that stands for no condition, often the last")
     max_error: float = Field(100.0, gt=0, description="refuse a start further from the dense model than this")
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """Names of the values the layer needs from elsewhere, each once."""
+        return tuple(dict.fromkeys((*super().taps, *["label"] * (self.unconditional == "label"))))
+
+    @property
+    def of_conditional(self) -> FreshOptions:
+        """The same options for the experts that samples with a condition choose among."""
+        return self.model_copy(update={"experts": self.experts - (self.unconditional != "none")})
 
     @property
     def cheap(self) -> int:
@@ -53,6 +71,18 @@ class FreshOptions(RoutingOptions):
             raise ValueError("cheap experts are counted among experts, need an FFN beside them, and granularity = 1")
         if "weighted_balance" in (self.losses or {}) and not self.cheap:
             raise ValueError("the term weighted_balance needs cheap experts")
+        return self
+
+    @model_validator(mode="after")
+    def _own_expert(self) -> FreshOptions:
+        if (self.unconditional == "label") != (self.null_label is not None):
+            raise ValueError("null_label goes with unconditional = label")
+        fits = self.selector in TOP_K and self.mode in ("identity", "unit") and self.top_k < self.experts
+        if self.unconditional != "none" and not (fits and self.granularity == 1 and not self.cheap and not self.always):
+            raise ValueError(
+                "an unconditional expert needs a selector of the top-k kind over the other experts, normalise = "
+                "identity or unit, granularity = 1, and neither cheap experts nor always"
+            )
         return self
 
 
@@ -81,8 +111,15 @@ class FreshExperts(RoutedFFNPass):
         return Contract("approximate", o.max_error, "the experts are drawn anew: train the model")
 
     def warnings(self) -> list[str]:
-        """Warn of results that depend on the batch."""
-        return routing_warnings(self.options)
+        """Warn of results that depend on the batch, and of an expert that waits to be told whose it is."""
+        found = routing_warnings(self.options)
+        if self.options.unconditional != "given":
+            return found
+        return [
+            *found,
+            "the last expert serves samples without a condition, which no layer guesses: call the model inside "
+            "moefx.routing.given(model, unconditional=mask), in training and in sampling",
+        ]
 
     def costs(self, site: Site, tap_width: int = 0) -> Costs:
         """Return parameters and multiply-adds per token."""
@@ -95,7 +132,7 @@ class FreshExperts(RoutedFFNPass):
         if o.shared == "dense" and "rest" in site.operands and "b_out" in site.operands:
             shared = shared[0] - out, shared[1]
         kept = out if "rest" in site.operands and "b_out" in site.operands else 0
-        router = router_parameters(o, dim, tap_width)
+        router = router_parameters(o.of_conditional, dim, tap_width)
         cheap = 3 * dim * o.constant_experts
         after = each_parameters * (o.experts - o.cheap) + bias + shared[0] + kept + router + cheap
         busy = mean_experts(o) * (o.experts - o.cheap) / o.experts
@@ -136,11 +173,21 @@ class FreshExperts(RoutedFFNPass):
                 generator=context.generator("cheap"),
             ).to(device)
         shared = self._shared(context, dense)
-        slots = routing(o, context, dense.dim, device)
-        routed = RoutedFFN(experts=experts, granularity=o.granularity, shared=shared, **slots)
+        routed = RoutedFFN(
+            experts=experts, granularity=o.granularity, shared=shared, **self._slots(context, dense.dim, device)
+        )
         axis = int(site.shapes["axis"])
         module = routed if axis == len(site.shapes["x"]) - 1 else OnAxis(routed, axis)
         return module.train(context.graph.root.training)
+
+    def _slots(self, context: Context, dim: int, device: torch.device) -> dict[str, Any]:
+        """Return how tokens find their experts, the unconditional one apart."""
+        o = self.options
+        slots = routing(o.of_conditional, context, dim, device)
+        if o.unconditional == "none":
+            return slots
+        selector = Unconditional(slots["selector"], null_label=o.null_label)
+        return slots | {"router": UnconditionalRouter(slots["router"]), "selector": selector}
 
     def _shared(self, context: Context, dense: FFNWeights) -> nn.Module | None:
         o = self.options
