@@ -5,8 +5,9 @@
 a block, ``initialise`` starts from dense weights, ``losses`` and ``record`` balance terms and statistics, ``precision``
 float32 where it matters.
 
-``scorers`` and ``recurrent`` are what a router may be, ``selectors`` and ``by_expert`` who chooses whom, ``terms``
-further auxiliary losses, ``given`` what only the caller knows, ``cheap``, ``low_rank``, ``masks`` and ``mixture`` other kinds of experts.
+``scorers`` and ``recurrent`` are what a router may be, ``selectors`` and ``by_expert`` who chooses whom, ``given`` what
+only the caller knows, ``terms`` further auxiliary losses, ``cheap``, ``low_rank``, ``masks`` and ``mixture`` other
+kinds of experts.
 """
 
 from moefx.routing import initialise
