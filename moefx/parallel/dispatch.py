@@ -64,7 +64,7 @@ def send_in_chunks(
     returns = []
     for c, (flight, leaving, coming) in enumerate(zip(flights, *sizes, strict=True)):
         arrived_AD = arrive(flight, leaving, coming, layer.group)
-        done_AD = layer.compute(weights, arrived_AD, arrivals[:, :, c], sum(coming))
+        done_AD = layer.compute(weights, rows, arrived_AD, arrivals[:, :, c], sum(coming))
         returns.append(launch(done_AD, coming, leaving, layer.group))
     parts = []
     ends = zip(groups, gates_TK.tensor_split(r), returns, *sizes, strict=True)
