@@ -30,7 +30,6 @@ from moefx.parallel import (
 )
 from moefx.passes.placement import Placement
 from moefx.routing import Experts, LinearRouter, RoutedFFN, random_weights
-from moefx.routing.samples import ModuleExperts
 
 WIDTH, HIDDEN, EXPERTS, TOP_K = 12, 20, 6, 2
 Numbers = dict[str, float | str]
@@ -246,8 +245,6 @@ def refusals() -> Numbers:
     other.embed.weight.data[0, 0] += rank
     refused("weights", other, placement(*MIXED))
     other = Net(torch.float32)
-    other.ffns[1].experts = ModuleExperts(nn.Linear(WIDTH, WIDTH), EXPERTS)
-    refused("samples", other, placement(*MIXED))
     gathered: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, found)
     return {key: text for part in gathered for key, text in part.items()}

@@ -56,6 +56,10 @@ def test_copies_windows_and_bytes_on_two_processes(tmp_path: Path) -> None:
     check(job("two", tmp_path, 2), names)
 
 
+def test_every_kind_of_experts_on_two_processes(tmp_path: Path) -> None:
+    check(job("kinds", tmp_path, 2), {"every_kind", "foreign_experts_are_named"})
+
+
 def test_denoisers_on_two_processes_equal_one(tmp_path: Path) -> None:
     check(job("dit+flux", tmp_path, 2), {"dit", "flux"})
 

@@ -15,7 +15,7 @@ from moefx.routing.low_rank import LowRankExperts
 from moefx.routing.masks import LinearExperts
 
 # b_out is added once after the experts, on every device.
-_NOT_STACKED = "b_out"
+_HOISTED = "b_out"
 _OWN_ONLY = (Experts, LowRankExperts, LinearExperts)
 
 
@@ -46,8 +46,8 @@ def stack_of(layer: nn.Module) -> Stack:
 
 def stacked_parameters(experts: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that have one row per expert, by name; an activation's or a dense FFN's have none."""
-    recurse = not isinstance(experts, _OWN_ONLY)
-    return {name: p for name, p in experts.named_parameters(recurse=recurse) if name != _NOT_STACKED}
+    recurse, hoisted = not isinstance(experts, _OWN_ONLY), _HOISTED if isinstance(experts, Experts) else ""
+    return {name: p for name, p in experts.named_parameters(recurse=recurse) if name != hoisted}
 
 
 def expert_count(layer: nn.Module) -> int:
