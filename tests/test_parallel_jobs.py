@@ -66,7 +66,8 @@ def test_denoisers_on_two_processes_equal_one(tmp_path: Path) -> None:
 
 def test_four_processes_as_mesh_and_a_checkpoint_that_resumes_on_two_and_three(tmp_path: Path) -> None:
     names = {"a_mesh_refuses_as_one", "experts_times_data", "under_ddp", "under_fsdp", "dit", "save_half_way"}
-    check(job("four+dit+save", tmp_path, 4), names)
+    names |= {"branches_on_different_ranks", "gradients_are_refused"}
+    check(job("four+cfg+dit+save", tmp_path, 4), names)
     files = {path.name for path in (tmp_path / "checkpoint").iterdir()}
     assert files == {"moefx_shards.json", "replicated.safetensors", *(f"rank-0000{r}.safetensors" for r in range(4))}
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

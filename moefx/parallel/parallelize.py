@@ -51,8 +51,9 @@ def parallelize(
 
     Args:
         model: a model with routed FFNs, from :func:`moefx.transform`.
-        mesh: rank i is device i of the placement; None for all processes of the job. A mesh of two dimensions, one of
-            them named ``"expert"``, divides the experts along that one and repeats them along the other.
+        mesh: rank i is device i of the placement; None for all processes of the job. A mesh of several dimensions, one
+            of them named ``"expert"``, divides the experts along that one and repeats them along the others, such as
+            ``"data"`` and ``"cfg"``; see :func:`split_guidance`.
         placement: where the experts live.
         chunks: parts of the tokens, of which one travels while another is computed; ``best_degree`` of
             :mod:`moefx.passes.schedule` finds how many.
@@ -147,14 +148,15 @@ def _groups(mesh: DeviceMesh | None, asked: str) -> tuple[dist.ProcessGroup, dis
         return world, None
     names = getattr(mesh, "mesh_dim_names", None) or ()
     flat = isinstance(mesh, DeviceMesh) and mesh.ndim == 1
-    if not flat and not (isinstance(mesh, DeviceMesh) and mesh.ndim == 2 and EXPERT_DIM in names):
+    if not flat and not (isinstance(mesh, DeviceMesh) and EXPERT_DIM in names):
         raise InputError(
             asked,
             found=f"a {type(mesh).__name__} of {getattr(mesh, 'ndim', 'no')} dimensions named {list(names)}",
-            do="pass a one-dimensional DeviceMesh, one of two dimensions of which one is named 'expert', or None",
+            do="pass a one-dimensional DeviceMesh, one with names of which one is 'expert', or None",
         )
     along = mesh if flat else mesh[EXPERT_DIM]
-    other = None if flat else mesh[next(name for name in names if name != EXPERT_DIM)].get_group()
+    rest = tuple(name for name in names if name != EXPERT_DIM)
+    other = None if flat else (mesh[rest[0]] if len(rest) == 1 else mesh[rest]._flatten()).get_group()
     ranks = along.mesh.tolist()
     if ranks != sorted(ranks) or dist.get_rank() not in ranks:
         raise InputError(
