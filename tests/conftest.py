@@ -28,16 +28,7 @@ settings.register_profile("explore", deadline=None, print_blob=True, max_example
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 torch.set_num_threads(1)
-
-# Importing and collecting make a million objects that live until the end. Every full collection would visit them all:
-# a tenth of the time of the suite.
-gc.disable()
-
-
-def pytest_collection_finish() -> None:
-    """Set aside what importing and collecting left, and collect only what tests leave."""
-    gc.freeze()
-    gc.enable()
+gc.disable()  # until everything is collected: see pytest_collection_finish
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +53,22 @@ def _switches() -> dict[str, object]:
         "default device": torch.get_default_device(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
+
+
+# --------------------------------------------------------------------------------------------------------- collection
+
+
+def pytest_collection_finish() -> None:
+    """Set aside what imports and collection left: every full collection would visit a million objects in vain.
+
+    That was an eighth of the processor time of the suite.
+    """
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 # ---------------------------------------------------------------------------------------------------- golden files
