@@ -18,11 +18,11 @@ Second derivatives are not defined and raise :class:`moefx.errors.MoefxError`.
 
 from __future__ import annotations
 
-from moefx.ops.activate import activate
+from moefx.ops.activate import activate, unseen
 from moefx.ops.combine import combine
 from moefx.ops.group import group
 from moefx.ops.grouped_linear import grouped_linear
 from moefx.ops.head_attention import head_attention
 from moefx.ops.scatter import scatter
 
-__all__ = ["activate", "combine", "group", "grouped_linear", "head_attention", "scatter"]
+__all__ = ["activate", "combine", "group", "grouped_linear", "head_attention", "scatter", "unseen"]

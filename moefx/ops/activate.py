@@ -35,14 +35,15 @@ def activate(act: Callable[..., Any], rows: Tensor) -> Tensor:
         act: a pointwise function; those without a known in-place form are simply called.
         rows: fresh rows which the caller gives up.
     """
-    in_place = _in_place(act) if _unseen(rows) else None
+    in_place = _in_place(act) if unseen(rows) else None
     result: Tensor = act(rows) if in_place is None else in_place(rows)
     return result
 
 
-def _unseen(rows: Tensor) -> bool:
-    """Say whether neither autograd nor a tracer records this call."""
-    if torch.compiler.is_compiling() or type(rows) is not Tensor or torch.is_grad_enabled():
+def unseen(rows: Tensor) -> bool:
+    """Say whether neither autograd nor a tracer records this call, so that it may read values and overwrite."""
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if tracing or type(rows) is not Tensor or torch.is_grad_enabled():
         return False
     return not (torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moefx import ops
 from moefx.errors import InputError
+from moefx.routing.expert_loop import loop_pays, run_loop
 from moefx.routing.weights import FFNWeights
 
 
@@ -69,7 +70,8 @@ class Experts(_FeedForward):
     with e = experts[t, j].
 
     Dropless: the rows are sorted by expert, multiplied group by group and summed back; no capacity, no padding, and no
-    number that Python sees depends on the routing. An index outside [0, E) contributes nothing.
+    number that Python sees depends on the routing, except on a CPU without gradients (`moefx.routing.expert_loop`). An
+    index outside [0, E) contributes nothing.
 
     Args:
         weights: stacked weights ``[E, ...]``; see `FFNWeights`.
@@ -97,14 +99,15 @@ class Experts(_FeedForward):
         """
         k = experts_TK.shape[1]
         order, offsets = ops.group(experts_TK, self.num_experts)
+        if loop_pays(x_TD, self.weights(), gates_TK, offsets):
+            return self._with_bias(run_loop(x_TD, self.weights(), self.act, order, offsets, gates_TK))
         h = ops.grouped_linear(x_TD, self.w_in, self.b_in, order, offsets, k)
         if self.w_gate is None:
             h = ops.activate(self.act, h)
         else:
             h = self.act(h, ops.grouped_linear(x_TD, self.w_gate, self.b_gate, order, offsets, k))
         rows = ops.grouped_linear(h, self.w_out, None, None, offsets)
-        y: Tensor = ops.combine(rows, order, gates_TK)
-        return y if self.b_out is None else y + self.b_out.to(y.dtype)
+        return self._with_bias(ops.combine(rows, order, gates_TK))
 
     def by_expert(self, x_TD: Tensor, tokens_EC: Tensor, gates_EC: Tensor) -> Tensor:
         """Return the weighted sum over the experts that chose a token: a plain batched product, since all are equal.
@@ -124,8 +127,10 @@ class Experts(_FeedForward):
         h = _batched(rows_ECD, self.w_in, self.b_in)
         h = self.act(h) if self.w_gate is None else self.act(h, _batched(rows_ECD, self.w_gate, self.b_gate))
         y_RD = torch.bmm(h, self.w_out.mT).flatten(0, 1)
-        y: Tensor = ops.scatter(y_RD, index_R, gates_EC.reshape(-1), tokens)
-        return y if self.b_out is None else y + self.b_out.to(y.dtype)
+        return self._with_bias(ops.scatter(y_RD, index_R, gates_EC.reshape(-1), tokens))
+
+    def _with_bias(self, y_TD: Tensor) -> Tensor:
+        return y_TD if self.b_out is None else y_TD + self.b_out.to(y_TD.dtype)
 
 
 def _batched(rows_ECD: Tensor, weight_EFD: Tensor, bias_EF: Tensor | None) -> Tensor:
