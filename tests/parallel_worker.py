@@ -17,6 +17,7 @@ import torch.distributed as dist
 from tests import parallel_checkpoints as checkpoints
 from tests import parallel_copies as copies
 from tests import parallel_denoisers as denoisers
+from tests import parallel_floating as floating
 from tests import parallel_guidance as guidance
 from tests import parallel_kinds as kinds
 from tests import parallel_layouts as layouts
@@ -40,6 +41,11 @@ GROUPS: dict[str, tuple[Callable[..., Numbers], ...]] = {
         layouts.switch_refusals,
     ),
     "cfg": (guidance.branches_on_different_ranks, guidance.gradients_are_refused),
+    "floating": (
+        floating.tokens_float,
+        floating.bytes_equal_the_prediction,
+        floating.parts_that_mix_tokens_are_refused,
+    ),
     "kinds": (kinds.every_kind, kinds.foreign_experts_are_named),
     "flux": (denoisers.flux,),
     "four": (meshes.a_mesh_refuses_as_one, meshes.experts_times_data, meshes.under_ddp, meshes.under_fsdp),

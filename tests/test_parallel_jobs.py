@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 120
 EQUAL = 1e-10
+FLOATING = {"tokens_float", "bytes_equal_the_prediction", "parts_that_mix_tokens_are_refused"}
 pytestmark = pytest.mark.slow
 
 
@@ -58,6 +59,10 @@ def test_copies_windows_and_bytes_on_two_processes(tmp_path: Path) -> None:
 
 def test_every_kind_of_experts_on_two_processes(tmp_path: Path) -> None:
     check(job("kinds", tmp_path, 2), {"every_kind", "foreign_experts_are_named"})
+
+
+def test_tokens_that_float_on_two_processes(tmp_path: Path) -> None:
+    check(job("floating", tmp_path, 2), FLOATING)
 
 
 def test_denoisers_on_two_processes_equal_one(tmp_path: Path) -> None:

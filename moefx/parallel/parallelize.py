@@ -5,6 +5,7 @@ Legend: L routed layers, G ranks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from moefx.errors import InputError, MoefxError, OptionError, PlanError
 from moefx.parallel.agree import agree, structure_digest, text_digest, weights_digest
 from moefx.parallel.divided import DividedExperts
 from moefx.parallel.experts import KINDS
+from moefx.parallel.floating import check_part, install
 from moefx.parallel.overlap import prepare
 from moefx.parallel.roster import Roster
 from moefx.passes.placement import ModelDims, Placement, routed_layers
@@ -36,6 +38,7 @@ def parallelize(
     chunks: int = 1,
     once: bool = False,
     overlap_shared: bool = False,
+    floating: Sequence[str] = (),
     verify: bool = True,
 ) -> Model:
     """Keep on each process only its experts, in place, and return ``model``.
@@ -59,6 +62,8 @@ def parallelize(
             :mod:`moefx.passes.schedule` finds how many.
         once: send a token to each rank at most once, however many of its experts live there.
         overlap_shared: compute shared experts while rows travel. Do not divide these modules by FSDP on their own.
+        floating: names of parts of the model that work token by token and hold several routed FFNs: tokens stay where
+            their experts are from one of these to the next, and go home at the end of the part.
         verify: compare the weights of all ranks first, which reads each weight once.
 
     Raises:
@@ -74,11 +79,13 @@ def parallelize(
     try:
         _check(model, group, placement, asked)
         _check_options(chunks, once, overlap_shared, asked)
+        for name in floating:
+            check_part(model, name, asked)
     except MoefxError as error:
         problem = error
     else:
         weights = weights_digest(model) if verify else _NO_DIGEST
-        plan = text_digest(f"{placement.digest.hex()} {chunks} {once} {overlap_shared}")
+        plan = text_digest(f"{placement.digest.hex()} {chunks} {once} {overlap_shared} {list(floating)}")
         facts = dict(zip(facts, (plan, structure_digest(model), weights), strict=True))
     _agree_everywhere(asked, facts, problem, [group, data])
     # A group of its own: collectives of data parallelism must not slip in between those of a layer.
@@ -90,6 +97,8 @@ def parallelize(
         shared = prepare(layer) if overlap_shared and kind.overlaps else None
         options = {"chunks": chunks, "once": once, "shared": shared}
         stack.owner.experts = kind(stack.experts, Roster.of(layout, i), rank, own.group_name, **options)
+    for name in floating:
+        install(model, name, asked)
     model.__dict__[PLACEMENT] = placement
     model.__dict__[DATA_GROUP] = None if data is None else data.group_name
     _leave_to_us(model)

@@ -2,7 +2,8 @@
 
 ``topology`` devices and links, ``collect`` and ``trace`` what the routers did, ``dims`` the model's sizes and the
 budget, ``methods`` the strategies, one file each, ``strategy`` their registry, ``goals`` what they minimise,
-``placement`` the result, ``predict`` what it gives, ``migration`` what moves. ``moefx.parallel`` carries it out.
+``placement`` the result, ``predict`` what it gives, ``wire`` its bytes to the byte, ``migration`` what moves,
+``stacks`` where weights are. ``moefx.parallel`` carries it out.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from moefx.passes.placement.strategy import Strategy, get_strategy, register_str
 from moefx.passes.placement.synthesise import synthesise
 from moefx.passes.placement.topology import Topology
 from moefx.passes.placement.trace import RoutingTrace
+from moefx.passes.placement.wire import wire_bytes
 
 # Importing it registers the strategies.
 _METHODS = methods
@@ -40,6 +42,7 @@ __all__ = [
     "strategies",
     "synthesise",
     "trace_of_choices",
+    "wire_bytes",
 ]
 
 

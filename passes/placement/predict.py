@@ -2,7 +2,8 @@
 
 Per layer and level: the busiest device computes (per expert the larger of arithmetic and reading its weights) while it
 streams experts that are not resident; before and after, rows travel to their experts and back. Rows start on all
-devices alike. What is not priced by the topology takes no time.
+devices alike. What is not priced by the topology takes no time. Rows go home after each layer, or a token travels to
+each device once, or stays where its expert is; see :mod:`moefx.passes.placement.wire` for these ways to the byte.
 
 Legend: S noise levels, L layers, E experts of a layer, G devices.
 """
@@ -15,12 +16,14 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from moefx.errors import OptionError, PlanError
 from moefx.passes.placement.dims import Budget, ModelDims
 from moefx.passes.placement.migration import move_bytes, moves
 from moefx.passes.placement.objective import computed_shares, loads
 from moefx.passes.placement.placement import Placement
 from moefx.passes.placement.topology import Topology
 from moefx.passes.placement.trace import RoutingTrace
+from moefx.passes.placement.wire import WAYS
 
 Array = NDArray[np.float64]
 
@@ -59,14 +62,32 @@ class Prediction:
 
 
 def predict(
-    placement: Placement, trace: RoutingTrace, topology: Topology, dims: ModelDims, budget: Budget | None = None
+    placement: Placement,
+    trace: RoutingTrace,
+    topology: Topology,
+    dims: ModelDims,
+    budget: Budget | None = None,
+    *,
+    way: str = "home",
 ) -> Prediction:
     """Return what the placement gives on this trace.
 
+    Args:
+        placement: the plan.
+        trace: what routers did.
+        topology: the devices.
+        dims: the model.
+        budget: as the plan was made with.
+        way: of the rows. ``"home"``: to their expert and back. ``"once"``: a token to each device at most once; exact
+            for two experts per token, too few bytes beyond. ``"floating"``: a token stays where its expert is; for one
+            expert per token.
+
     Raises:
-        PlanError: the sizes of rows are unknown.
+        OptionError: another way.
+        PlanError: the sizes of rows are unknown, or the trace lacks what the way needs.
     """
     dims.need_rows("predict the time of a placement")
+    _check_way(way, trace)
     compute_SL, exchange_SL = (np.zeros((len(trace.sigmas), len(trace.layers))) for _ in range(2))
     sent_GG = np.zeros((len(topology), len(topology)))
     serving_S = np.array([placement.layout_at(sigma) for sigma in trace.sigmas])
@@ -76,9 +97,9 @@ def predict(
             load_SE = trace.layer(i)[levels]
             compute_SL[levels, i] = layer_seconds(layout, i, load_SE, topology, dims).max(axis=1)
             for s, load_E in zip(levels, load_SE, strict=True):
-                bytes_GG = dispatch_bytes(layout, i, load_E, dims)
-                sent_GG += bytes_GG + bytes_GG.T
-                exchange_SL[s, i] = topology.exchange_seconds(bytes_GG) + topology.exchange_seconds(bytes_GG.T)
+                for bytes_GG in exchanges(layout, i, load_E, dims, trace, way):
+                    sent_GG += bytes_GG
+                    exchange_SL[s, i] += topology.exchange_seconds(bytes_GG)
     step_S = (compute_SL + exchange_SL).sum(axis=1)
     copied_GG, setup_s, moving_s = _transfers(placement, topology, dims, step_S, serving_S)
     rows_SLG = loads(trace, placement) / topology.speeds
@@ -126,6 +147,48 @@ def dispatch_bytes(layout: Placement, layer: int, load_E: Array, dims: ModelDims
     bytes_GG = (away_EG * load_E[:, None] / devices).T @ shares_EG * dims.row_bytes[layer]
     np.fill_diagonal(bytes_GG, 0)
     return np.asarray(bytes_GG)
+
+
+def exchanges(
+    layout: Placement, layer: int, load_E: Array, dims: ModelDims, trace: RoutingTrace, way: str
+) -> list[Array]:
+    """Return the bytes ``[G, G]`` of each exchange of rows of one layer at one level."""
+    out_GG = dispatch_bytes(layout, layer, load_E, dims)
+    back = dims.back_bytes(layer) / dims.row_bytes[layer]
+    if way == "home":
+        return [out_GG, out_GG.T * back]
+    if way == "once":
+        out_GG = out_GG * _sent_once(layout, layer, trace)[None, :]
+        return [out_GG, out_GG.T * back]
+    if layer:
+        holders_EG, before_EG = layout.shares(layer), layout.shares(layer - 1)
+        affinity = trace.need("affinity", "predict floating tokens")[layer - 1]
+        flow_EE = affinity[: len(before_EG), : len(holders_EG)]
+        share = load_E.sum() / max(flow_EE.sum(), 1.0)
+        out_GG = before_EG.T @ flow_EE @ holders_EG * share * dims.row_bytes[layer]
+        np.fill_diagonal(out_GG, 0)
+    if layer < len(trace.layers) - 1:
+        return [out_GG]
+    return [out_GG, dispatch_bytes(layout, layer, load_E, dims).T * back]
+
+
+def _sent_once(layout: Placement, layer: int, trace: RoutingTrace) -> Array:
+    """Return, for each device, tokens sent to it against their rows for its experts, ``[G]``."""
+    pairs_EE = trace.need("coactivation", "predict tokens that are sent once")[layer]
+    load_E = trace.layer(layer).sum(axis=0)
+    shares_EG = layout.shares(layer)
+    count = len(shares_EG)
+    both_G = np.einsum("eg,ef,fg->g", shares_EG, pairs_EE[:count, :count], shares_EG) / 2
+    rows_G = load_E @ shares_EG
+    return np.asarray(np.clip(1 - both_G / np.maximum(rows_G, 1e-30), 0, 1))
+
+
+def _check_way(way: str, trace: RoutingTrace) -> None:
+    if way not in WAYS:
+        raise OptionError("predict the time of a placement", found=f"way = {way!r}", do=f"use one of {', '.join(WAYS)}")
+    if way == "floating" and trace.need("coactivation", "predict floating tokens").any():
+        found = "a trace with several experts per token"
+        raise PlanError("predict floating tokens", found=found, do="count with wire_bytes, from the choices themselves")
 
 
 def _transfers(
