@@ -13,7 +13,6 @@ export MPLBACKEND := Agg
 export PYTHONNOUSERSITE := 1
 
 .DEFAULT_GOAL := help
-.NOTPARALLEL:
 .PHONY: help env demo test lint types imports suite long coverage smoke format goldens bench wheel clean distclean
 
 help: ## list the targets

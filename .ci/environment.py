@@ -84,10 +84,13 @@ def has_ensurepip():
 
 
 def install(pip, flags):
-    """Install the build requirements first, then moefx and its tools without an isolated (unpinned) build."""
+    """Install the build requirements first, then moefx and its tools without an isolated (unpinned) build.
+
+    Nothing is compiled to bytecode: of 15,000 modules few are ever imported, and those compile then.
+    """
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "PIP_USER")}
     env.update(PYTHONNOUSERSITE="1", PIP_DISABLE_PIP_VERSION_CHECK="1")
-    command = [*pip, "install", "--no-input", "--constraint", "constraints.txt", *flags]
+    command = [*pip, "install", "--no-input", "--no-compile", "--constraint", "constraints.txt", *flags]
     for what in (["setuptools"], ["--no-build-isolation", "--editable", ".[dev]"]):
         subprocess.run([*command, *what], check=True, cwd=ROOT, env=env)
     subprocess.run([*pip, "check", *flags], check=True, cwd=ROOT, env=env)
