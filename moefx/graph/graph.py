@@ -169,6 +169,32 @@ class Graph:
             assert callable(node.target)
             return node.target(*args, **kwargs)
 
+    def copy(self) -> Graph:
+        """Return the same graph over the same module, with nodes of its own."""
+        fx, swap = FxGraph(), dict[Node, Node]()
+        for node in self.fx.nodes:
+            swap[node] = fx.node_copy(node, lambda n: swap[n])
+
+        def swapped(tree: Any) -> Any:
+            return pytree.tree_map(lambda leaf: swap.get(leaf, leaf) if isinstance(leaf, Node) else leaf, tree)
+
+        calls = [
+            ModuleCall(c.path, c.index, c.type_name, *map(swapped, (c.args, c.kwargs, c.output, c.nodes)))
+            for c in self.calls
+        ]
+        guards = [replace(guard, node=swap[guard.node]) for guard in self.guards]
+        return Graph(
+            self.root,
+            fx,
+            call_spec=self.call_spec,
+            out_spec=self.out_spec,
+            guards=guards,
+            calls=calls,
+            constants=self.constants,
+            notes=self.notes,
+            written=self.written,
+        )
+
     def _last_uses(self) -> dict[Node, list[Node]]:
         last: dict[Node, Node] = {}
         for node in self.fx.nodes:

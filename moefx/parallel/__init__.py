@@ -2,14 +2,19 @@
 
 ``parallelize`` the entry, ``roster`` who holds what, ``divided`` and ``experts`` what replaces the experts of a layer,
 ``exchange`` rows between processes with gradients, ``dispatch`` other ways to send them, ``overlap`` of shared experts,
-``guidance`` branches on different ranks, ``switch`` from one layout to another, ``agree`` errors on every rank,
-``state`` gradients and state as one process would have them, ``shards`` checkpoints.
+``floating`` tokens that stay where their experts are, ``tiers`` experts that are streamed, ``guidance`` branches on
+different ranks, ``switch`` from one layout to another, ``agree`` errors on every rank, ``state`` gradients and state
+as one process would have them, ``shards`` checkpoints.
+
+As a graph: ``program`` the entry (:func:`schedule`), ``regions`` where a captured model runs experts, ``lower`` what
+stands there on one rank, ``steps`` what its nodes call.
 """
 
 from moefx.parallel.exchange import LostRankError, count_wire_bytes
 from moefx.parallel.experts import ParallelExperts
 from moefx.parallel.guidance import GuidanceSplit, split_guidance
 from moefx.parallel.parallelize import expert_parameters, parallel_layers, parallelize
+from moefx.parallel.program import Program, schedule
 from moefx.parallel.roster import Roster
 from moefx.parallel.shards import load_shards, save_shards
 from moefx.parallel.state import average_expert_gradients, average_gradients, gather_experts, gather_state_dict
@@ -19,6 +24,7 @@ __all__ = [
     "GuidanceSplit",
     "LostRankError",
     "ParallelExperts",
+    "Program",
     "Roster",
     "average_expert_gradients",
     "average_gradients",
@@ -30,6 +36,7 @@ __all__ = [
     "parallel_layers",
     "parallelize",
     "save_shards",
+    "schedule",
     "split_guidance",
     "switch",
 ]

@@ -1,0 +1,198 @@
+"""What one rank of the tests of scheduled graphs does; started by torchrun from test_schedule_graph.py.
+
+``schedule_worker.py FILE``: each scenario returns numbers, and rank 0 writes the worst over all ranks to the file.
+"""
+
+import copy
+import json
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from examples.dit import DiT
+from moefx import zoo
+from moefx.errors import PlanError
+from moefx.graph.signature import Inputs
+from moefx.parallel import average_gradients, gather_experts, parallel_layers, schedule, switch
+from moefx.passes.placement import ModelDims, Placement, Topology, TraceCollector, Window, place
+from moefx.passes.schedule import order_digest
+from moefx.routing import DenseFFN, random_weights
+from tests.parallel_copies import with_copies
+from tests.parallel_denoisers import dit_inputs, flux_inputs, routed
+from tests.parallel_training import HOMES, OTHERS
+from tests.placement_worker import WIDTH, Net, Numbers, error, placement, shards
+
+EXAMPLE = torch.zeros(1, 16, WIDTH, dtype=torch.float64)
+
+
+def first(out: Any) -> Tensor:
+    found: Tensor = out[0] if isinstance(out, tuple) else out
+    return found
+
+
+def compare(
+    model: nn.Module, where: Placement, inputs: list[Inputs], example: Inputs = None, **options: Any
+) -> Numbers:
+    """Return the worst relative error of outputs and of all gradients of a scheduled graph against one process."""
+    rank, whole = dist.get_rank(), copy.deepcopy(model)
+    outputs = [first(call(whole, one)) for one in inputs]
+    (sum(((out**2).mean() for out in outputs), torch.zeros((), dtype=torch.float64)) / len(outputs)).backward()
+    program = schedule(model, None, where, example or inputs[0], **options)
+    out = first(call(program, inputs[rank]))
+    (out**2).mean().backward()
+    average_gradients(model)
+    layers, wanted, worst = parallel_layers(model), dict(whole.named_parameters()), 0.0
+    for name, parameter in model.named_parameters():
+        prefix, _, leaf = name.rpartition(".")
+        reference = wanted[name].grad
+        stacked = prefix in layers and leaf in layers[prefix].stacked_names
+        if reference is None:
+            assert parameter.grad is None or not parameter.grad.any(), name
+            continue
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        worst = max(worst, error(gather_experts(layers[prefix], grad) if stacked else grad, reference))
+    return {"output": error(out, outputs[rank]), "gradients": worst}
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    return model(**inputs) if isinstance(inputs, dict) else model(*(inputs or ()))
+
+
+def tokens(*counts: int) -> list[Inputs]:
+    return [(part,) for part in shards(list(counts), torch.float64)]
+
+
+def ways_of_tokens() -> Numbers:
+    """One part, three parts, once per rank, copies, gates; another number of tokens than was traced; a starved rank."""
+    empty = placement((0,) * 6, (1,) * 6)
+    runs: dict[str, Numbers] = {
+        "plain": compare(Net(torch.float64), placement(*HOMES), tokens(17, 6), (EXAMPLE,), chunks=1),
+        "chunks": compare(Net(torch.float64, gated=True), placement(*HOMES), tokens(17, 2), (EXAMPLE,), chunks=3),
+        "once": compare(Net(torch.float64), placement(*HOMES), tokens(17, 6), (EXAMPLE,), chunks=2, once=True),
+        "copies": compare(Net(torch.float64), with_copies(local_first=False), tokens(9, 14), (EXAMPLE,), chunks=2),
+        "local": compare(Net(torch.float64), with_copies(local_first=True), tokens(9, 14), (EXAMPLE,), once=True),
+        "empty": compare(Net(torch.float64, gated=True), empty, tokens(5, 1), (EXAMPLE,), chunks=2),
+        "empty once": compare(Net(torch.float64), empty, tokens(5, 1), (EXAMPLE,), once=True),
+    }
+    return {f"{name} {key}": value for name, found in runs.items() for key, value in found.items()}
+
+
+def shared_experts_move_behind_exchanges() -> Numbers:
+    """On the clock the shared expert runs while rows travel, and so it does in the graph; results stay."""
+    net, draws = Net(torch.float64), torch.Generator().manual_seed(3)
+    for ffn in net.ffns:
+        ffn.shared = DenseFFN(random_weights(WIDTH, 10, generator=draws), nn.functional.gelu).double()
+    program = schedule(copy.deepcopy(net), None, placement(*HOMES), (EXAMPLE,), topology=slow(), chunks=1)
+    names = [task.name for task in program.current.tasks]
+    roles = {task.name: task for task in program.current.tasks}
+    begun = next(n for n in names if roles[n].role == "dispatch" and roles[n].collective)
+    ended = next(n for n in names if roles[n].role == "dispatch" and not roles[n].collective)
+    between = [roles[n].role for n in names[names.index(begun) : names.index(ended)]]
+    gained = program.current.before.total_s > 1.02 * program.current.timeline.total_s
+    found = compare(net, placement(*HOMES), tokens(17, 6), (EXAMPLE,), topology=slow())
+    return found | {"in between": float("shared" not in between), "not faster": float(not gained)}
+
+
+def slow() -> Topology:
+    """Two devices for which computing takes about as long as sending."""
+    devices = [{"name": n, "flops_per_s": 1e7, "memory_bytes_per_s": 1e9} for n in ("a", "b")]
+    links = [{"from": a, "to": b, "alpha_s": 1e-5, "beta_s_per_byte": 1e-7} for a, b in (("a", "b"), ("b", "a"))]
+    return Topology.from_dict({"devices": devices, "links": links})
+
+
+def denoisers() -> Numbers:
+    """DiT and FLUX as graphs, with the number of chunks that the clock chooses."""
+    found: Numbers = {}
+    for name, build, inputs in (
+        ("DiT", lambda: DiT(depth=2, width=16, label_dropout=0.0).double(), dit_inputs),
+        ("FLUX", lambda: zoo.tiny("FluxTransformer2DModel").double(), flux_inputs),
+    ):
+        torch.manual_seed(0)
+        model = routed(build(), inputs(0))
+        with torch.no_grad(), TraceCollector(model) as collector, collector.at(0.5):
+            model(**inputs(0))
+        trace = collector.trace()
+        where = place(trace, Topology.processes(2), ModelDims.of(model), "minimax_time")
+        errors = compare(model, where, [inputs(0), inputs(1)], topology=slow(), trace=trace)
+        found |= {f"{name} {key}": value for key, value in errors.items()}
+    return found
+
+
+def windows() -> Numbers:
+    """A graph per layout; :func:`switch` decides which one runs, and one that nobody planned is refused."""
+    plan = placement(*HOMES).model_copy(update={"windows": (Window(sigma=0.5, primary=OTHERS),)})
+    whole, program = Net(torch.float64), schedule(Net(torch.float64), None, plan, (EXAMPLE,), chunks=2)
+    x, worst, seen = shards([9, 14], torch.float64)[dist.get_rank()], 0.0, set()
+    for sigma in (0.9, 0.4, 0.8):
+        switch(program.model, sigma)
+        worst = max(worst, error(program(x), whole(x)))
+        seen.add(id(program.current))
+    switch(program.model, placement((0,) * 6, (0,) * 6))
+    try:
+        program(x)
+    except PlanError as refused:
+        unplanned = float("does not have" not in str(refused))
+    return {"output": worst, "graphs": float(len(seen) != 2), "refusal": unplanned}
+
+
+def ranks_refuse_together() -> Numbers:
+    """Graphs whose collectives differ, or an example that cannot be traced on one rank, are an error on every one."""
+    rank, missed = dist.get_rank(), 0.0
+    for options, words in (
+        ({"chunks": 2 + rank}, "orders of collectives"),
+        ({"memory_bytes": 1.0}, "memory"),
+    ):
+        try:
+            schedule(Net(torch.float64), None, placement(*HOMES), (EXAMPLE,), **options)  # type: ignore[arg-type]
+            missed += 1
+        except PlanError as refused:
+            missed += words not in str(refused)
+    model = Net(torch.float64)
+    try:
+        schedule(model, None, placement(*HOMES), (EXAMPLE,) if rank == 0 else (torch.zeros(3),))
+        missed += 1
+    except Exception:
+        missed += any("rank" in name for name in model.state_dict())
+        model(EXAMPLE)  # it is whole
+    return {"missed": missed}
+
+
+def orders_agree() -> Numbers:
+    """Both ranks make the same collectives in the same order, though they hold different experts."""
+    program = schedule(Net(torch.float64), None, placement(*HOMES), (EXAMPLE,), topology=slow(), chunks=3)
+    everyone: list[bytes] = [b""] * dist.get_world_size()
+    dist.all_gather_object(everyone, order_digest(program.current.tasks))
+    return {"differ": float(len(set(everyone)) != 1)}
+
+
+SCENARIOS: tuple[Callable[[], Numbers], ...] = (
+    ways_of_tokens,
+    shared_experts_move_behind_exchanges,
+    denoisers,
+    windows,
+    ranks_refuse_together,
+    orders_agree,
+)
+
+
+def main(out: Path, *names: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    results = {}
+    for scenario in (s for s in SCENARIOS if not names or s.__name__ in names):
+        everyone: list[Numbers] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, scenario())
+        results[scenario.__name__] = {key: max(numbers[key] for numbers in everyone) for key in everyone[0]}
+    if dist.get_rank() == 0:
+        out.write_text(json.dumps(results, indent=1))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])
