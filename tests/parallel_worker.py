@@ -22,6 +22,7 @@ from tests import parallel_guidance as guidance
 from tests import parallel_kinds as kinds
 from tests import parallel_layouts as layouts
 from tests import parallel_meshes as meshes
+from tests import parallel_tiers as tiers
 from tests import parallel_travel as travel
 from tests.placement_worker import Numbers
 
@@ -46,6 +47,7 @@ GROUPS: dict[str, tuple[Callable[..., Numbers], ...]] = {
         floating.bytes_equal_the_prediction,
         floating.parts_that_mix_tokens_are_refused,
     ),
+    "tiers": (tiers.small_devices_stream, tiers.too_little_memory_is_refused),
     "kinds": (kinds.every_kind, kinds.foreign_experts_are_named),
     "flux": (denoisers.flux,),
     "four": (meshes.a_mesh_refuses_as_one, meshes.experts_times_data, meshes.under_ddp, meshes.under_fsdp),

@@ -65,6 +65,10 @@ def test_tokens_that_float_on_two_processes(tmp_path: Path) -> None:
     check(job("floating", tmp_path, 2), FLOATING)
 
 
+def test_small_devices_on_two_processes(tmp_path: Path) -> None:
+    check(job("tiers", tmp_path, 2), {"small_devices_stream", "too_little_memory_is_refused"})
+
+
 def test_denoisers_on_two_processes_equal_one(tmp_path: Path) -> None:
     check(job("dit+flux", tmp_path, 2), {"dit", "flux"})
 

@@ -59,7 +59,8 @@ def test_each_way_sends_fewer_bytes_than_the_one_before() -> None:
     assert sum(floating.link_bytes.values()) < 0.7 * sum(home.link_bytes.values())
     assert floating.exchange_s.sum() < home.exchange_s.sum()
     chosen, where, trace = drawn(2)
-    by_way = {way: wire_bytes([chosen] * DEVICES, where, dims(4000, 4000), way).sum() for way in ("home", "once", "floating")}
+    parts, sizes = [chosen] * DEVICES, dims(4000, 4000)
+    by_way = {way: wire_bytes(parts, where, sizes, way).sum() for way in ("home", "once", "floating")}
     assert by_way["home"] > by_way["once"] > by_way["floating"]
 
 

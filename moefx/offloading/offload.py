@@ -68,14 +68,24 @@ def offload(
         held = sum(len(kept) * layout.nbytes for kept, layout in zip(pins, layouts, strict=True))
         slots += held // max(layout.largest for layout in layouts)
         pins = ((),) * len(pins)
-    store = _store([dict(stacked(experts)) for experts in layers.values()], where, folder)
-    stream = _stream(policy, store, layouts, pins, list(layers.values()), slots, where)
-    made = [
-        OffloadedExperts(experts, layouts[i], i, pins[i], store, stream, where)
-        for i, experts in enumerate(layers.values())
-    ]
+    made = stream_experts(list(layers.values()), pins, slots, where, folder, policy)
     _install(model, layers, made, where)
     return model
+
+
+def stream_experts(
+    layers: list[Experts],
+    pins: Pins,
+    slots: int,
+    device: torch.device,
+    folder: str | os.PathLike[str] | None = None,
+    policy: str = "schedule",
+) -> list[OffloadedExperts]:
+    """Return what can stand in place of the experts of successive layers, with one store and one stream for all."""
+    layouts = [Layout.of(experts) for experts in layers]
+    store = _store([dict(stacked(experts)) for experts in layers], device, folder)
+    stream = _stream(policy, store, layouts, pins, layers, slots, device)
+    return [OffloadedExperts(e, layouts[i], i, pins[i], store, stream, device) for i, e in enumerate(layers)]
 
 
 def onload(model: Model) -> Model:

@@ -10,8 +10,10 @@ Legend: L routed layers, E experts of a layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moefx.errors import PlanError
 from moefx.passes.placement import RoutingTrace
@@ -31,16 +33,20 @@ def choose_pins(experts: Sequence[int], expert_bytes: Sequence[int], room: int, 
         room: bytes that may be taken.
         trace: at which noise levels each expert received rows; without it all count the same.
     """
+    uses = [np.ones(n) if trace is None else (trace.layer(i) > 0).sum(axis=0) for i, n in enumerate(experts)]
+    return most_used(uses, expert_bytes, room)
+
+
+def most_used(uses: Sequence[NDArray[Any]], expert_bytes: Sequence[int], room: int) -> Pins:
+    """Return the experts of each layer that stay, given how often each is used ``[E]``; see :func:`choose_pins`."""
     order = []
-    for layer, count in enumerate(experts):
-        uses = np.ones(count) if trace is None else (trace.layer(layer) > 0).sum(axis=0)
-        ranked = np.argsort(-uses, kind="stable")
+    for layer, uses_E in enumerate(uses):
         turn: dict[float, int] = {}
-        for expert in ranked:
-            times = float(uses[expert])
+        for expert in np.argsort(-uses_E, kind="stable"):
+            times = float(uses_E[expert])
             turn[times] = turn.get(times, -1) + 1
             order.append((-times, turn[times], layer, int(expert)))
-    kept: list[list[int]] = [[] for _ in experts]
+    kept: list[list[int]] = [[] for _ in uses]
     for _, _, layer, expert in sorted(order):
         if expert_bytes[layer] <= room:
             room -= expert_bytes[layer]

@@ -6,7 +6,7 @@ C copies of an expert. A *slot* is one holding of one expert by one rank; see :c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -14,10 +14,14 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import guard_or_true
 
 from moefx import ops
+from moefx.errors import PlanError
 from moefx.parallel.dispatch import Rows, Weights, send_in_chunks, send_once
 from moefx.parallel.exchange import exchange, exchange_counts, scale_gradient, sorted_rows
 from moefx.parallel.roster import Roster
 from moefx.passes.placement.stacks import stacked_parameters
+
+# Rows, slots and gates to weighted sums.
+Engine = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class DividedExperts(nn.Module):
@@ -40,6 +44,8 @@ class DividedExperts(nn.Module):
     Attributes:
         num_experts: E; the stacked parameters hold those of ``local_experts`` only, in that order.
         overlaps: shared experts can be computed while the rows of this kind travel.
+        engine: what computes this rank's experts where not all are on the device, or nothing; see
+            :mod:`moefx.parallel.tiers`.
     """
 
     num_experts: int
@@ -74,6 +80,7 @@ class DividedExperts(nn.Module):
         self.chunks, self.once = chunks, once
         # A tuple, so that it is no submodule.
         self.meanwhile: tuple[nn.Module, ...] = () if shared is None else (shared,)
+        self.engine: tuple[Engine, ...] = ()
         self._copied: Weights | None = None
         self._register_tables(device)
 
@@ -104,6 +111,12 @@ class DividedExperts(nn.Module):
             experts_TK: int64 expert numbers; one outside [0, E) counts nothing.
             gates_TK: weights of the sum.
         """
+        if self.engine and torch.is_grad_enabled() and (x_TD.requires_grad or gates_TK.requires_grad):
+            raise PlanError(
+                "compute gradients through experts that are streamed",
+                found="they are for inference",
+                do="run under torch.no_grad(), or parallelize without a budget and with a plan that fits",
+            )
         if self.slot_bounds.device != x_TD.device:
             self._register_tables(x_TD.device)
         slots_TK = self._slots(experts_TK)
@@ -155,6 +168,8 @@ class DividedExperts(nn.Module):
 
     def local_sum(self, weights: Weights, rows: Rows, rows_AD: Tensor, slots_AK: Tensor, gates_AK: Tensor) -> Tensor:
         """Return the weighted sum over the slots of this rank; a slot outside it counts nothing."""
+        if self.engine:
+            return self.engine[0](rows_AD, slots_AK, gates_AK)
         local = len(next(iter(weights.values())))
         if not local:  # no rows either, but the dependencies that rows have elsewhere: their backward has collectives
             weights = {name: torch.cat([w, w.new_zeros((1, *w.shape[1:]))]) for name, w in weights.items()}
@@ -163,7 +178,12 @@ class DividedExperts(nn.Module):
         return y
 
     def held(self) -> Weights:
-        """Return the weights of the slots of this rank: its own experts, then copies of others'. A collective."""
+        """Return the weights of the slots of this rank: its own experts, then copies of others'. A collective.
+
+        Empty where an engine has them.
+        """
+        if self.engine:
+            return {}
         share = 1 / len(self.homes)
         return {name: scale_gradient(w, share) for name, w in self._all_slots().items()}
 
@@ -198,6 +218,15 @@ class DividedExperts(nn.Module):
 
         return {name: send(tensor) for name, tensor in own.items()}
 
+    def need_weights(self, asked: str) -> None:
+        """Refuse what needs the weights of this rank's experts where they are streamed.
+
+        Raises:
+            PlanError: they are.
+        """
+        if self.engine:
+            raise PlanError(asked, found="its experts are streamed", do="do it before, or parallelize without a budget")
+
     def rehome(self, roster: Roster) -> None:
         """Follow another roster from the next call on; the stacked parameters must hold its experts by then."""
         self.roster, self._copied = roster, None
@@ -218,6 +247,7 @@ class DividedExperts(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Take this rank's experts where a checkpoint holds all of them."""
+        self.need_weights(f"load weights into {prefix.rstrip('.')}")
         self._copied = None
         for name in self.stacked_names:
             full = state_dict.get(prefix + name)

@@ -125,14 +125,14 @@ class Hop:
         self.owner_T = (self.count_TG * ranks - turn_G).argmax(dim=1)
 
     def move(self, taken: list[Tensor], gates_TK: Tensor, origin_T2: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Return the layer's sums at the new places, the values taken along, the first of which is read, and origins."""
+        """Return the layer's sums at the new places, the values taken along (first what is read), and origins."""
         weights, k = self.experts.held(), self.slots_TK.shape[1]
         order_T = torch.argsort(self.owner_T, stable=True)
         sent, received = self._sizes(torch.bincount(self.owner_T, minlength=len(self.experts.homes)))
         widths = [value.shape[1] for value in taken]
         values_AD = exchange(torch.cat(taken, dim=1)[order_T], sent, received, self.group)
         numbers_T = torch.cat([origin_T2, self.slots_TK.to(torch.int32)], dim=1)
-        origin_A2, slots_AK = exchange(numbers_T[order_T], sent, received, self.group).split([2, k], dim=1)
+        origin_A2, slots_AK = torch.split(exchange(numbers_T[order_T], sent, received, self.group), [2, k], dim=1)
         gates_AK = exchange(gates_TK[order_T], sent, received, self.group)
         moved = list(torch.split(values_AD, widths, dim=1))
         slots_AK = slots_AK.to(torch.int64)
@@ -216,8 +216,8 @@ def check_part(model: nn.Module, name: str, asked: str) -> None:
         found = f"{name}: {len(layers)} routed layers, or some with taps, state, wrapped experts or experts that choose"
         raise PlanError(asked, found=found, do="let parts float that hold several plain routed FFNs")
     trace_part(part, name, asked)
-    width = layers[0].experts.w_in.shape[-1]  # type: ignore[union-attr]
-    _check_tokenwise(part, name, int(width), asked)
+    first: Any = layers[0].experts
+    _check_tokenwise(part, name, int(first.w_in.shape[-1]), asked)
 
 
 def _check_tokenwise(part: nn.Module, name: str, width: int, asked: str) -> None:

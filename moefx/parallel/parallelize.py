@@ -5,6 +5,7 @@ Legend: L routed layers, G ranks.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from moefx.parallel.experts import KINDS
 from moefx.parallel.floating import check_part, install
 from moefx.parallel.overlap import prepare
 from moefx.parallel.roster import Roster
+from moefx.parallel.tiers import Tiers, install_tiers, plan_tiers
 from moefx.passes.placement import ModelDims, Placement, routed_layers
 from moefx.passes.placement.stacks import stack_of
 
@@ -39,6 +41,9 @@ def parallelize(
     once: bool = False,
     overlap_shared: bool = False,
     floating: Sequence[str] = (),
+    budget: int | str | None = None,
+    staging: int = 8,
+    folder: str | os.PathLike[str] | None = None,
     verify: bool = True,
 ) -> Model:
     """Keep on each process only its experts, in place, and return ``model``.
@@ -64,28 +69,38 @@ def parallelize(
         overlap_shared: compute shared experts while rows travel. Do not divide these modules by FSDP on their own.
         floating: names of parts of the model that work token by token and hold several routed FFNs: tokens stay where
             their experts are from one of these to the next, and go home at the end of the part.
+        budget: bytes, or text such as ``"6GB"``, for all weights on this rank's device; experts of its share that do
+            not fit are streamed, for inference. All ranks pass one or none does; a placement with tiers needs none.
+        staging: how many halves of experts have room to be loaded ahead.
+        folder: where the files of streamed experts go; see :func:`moefx.offload`.
         verify: compare the weights of all ranks first, which reads each weight once.
 
     Raises:
         InputError: ``torch.distributed`` is not running, or an argument has the wrong type.
         NothingMatched: the model has no routed FFN.
-        PlanError: the placement is of another model or another number of processes, the model is parallel already, or
-            ranks were given different models or placements. One rank's error is raised on all; nothing was changed.
+        PlanError: the placement is of another model or another number of processes, the model is parallel already, a
+            budget is too small (by how much, and which would do), or ranks were given different models or placements.
+            One rank's error is raised on all; nothing was changed.
     """
     asked = f"parallelize {type(model).__name__}"
     group, data = _groups(mesh, asked)
     problem: MoefxError | None = None
+    tiers: Tiers | None = None
     facts = {"the placements": _NO_DIGEST, "the models' parameters": _NO_DIGEST, "the models' weights": _NO_DIGEST}
     try:
         _check(model, group, placement, asked)
         _check_options(chunks, once, overlap_shared, asked)
         for name in floating:
             check_part(model, name, asked)
+        rank = dist.get_rank(group)
+        tiers = plan_tiers(model, placement, rank, asked, budget=budget, staging=staging, folder=folder)
     except MoefxError as error:
         problem = error
     else:
         weights = weights_digest(model) if verify else _NO_DIGEST
-        plan = text_digest(f"{placement.digest.hex()} {chunks} {once} {overlap_shared} {list(floating)}")
+        plan = text_digest(
+            f"{placement.digest.hex()} {chunks} {once} {overlap_shared} {list(floating)} {budget is None}"
+        )
         facts = dict(zip(facts, (plan, structure_digest(model), weights), strict=True))
     _agree_everywhere(asked, facts, problem, [group, data])
     # A group of its own: collectives of data parallelism must not slip in between those of a layer.
@@ -99,6 +114,8 @@ def parallelize(
         stack.owner.experts = kind(stack.experts, Roster.of(layout, i), rank, own.group_name, **options)
     for name in floating:
         install(model, name, asked)
+    if tiers is not None:
+        install_tiers(model, list(parallel_layers(model).values()), tiers)
     model.__dict__[PLACEMENT] = placement
     model.__dict__[DATA_GROUP] = None if data is None else data.group_name
     _leave_to_us(model)

@@ -73,6 +73,9 @@ def save_shards(
     first = next(iter(layers.values()))
     writes = not isinstance(first, DividedExperts) or _first_of_data(model)
     asked = f"save a checkpoint into {str(folder)!r}"
+    for layer in layers.values():
+        if isinstance(layer, DividedExperts):
+            layer.need_weights(asked)  # on all ranks or on none
     with ExitStack() as stack:
         stage: list[str | None] = [None]
         problem: MoefxError | None = None

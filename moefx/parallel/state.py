@@ -79,6 +79,7 @@ def gather_state_dict(model: nn.Module) -> dict[str, Any]:
 
 def gather_experts(layer: DividedExperts, local: Tensor) -> Tensor:
     """Return ``[E, ...]`` on every rank from each rank's ``[E_local, ...]``, a parameter or its gradient."""
+    layer.need_weights("gather experts")
     group = _group(layer)
     full = local.new_empty((layer.num_experts, *local.shape[1:]))
     for rank, home in enumerate(layer.homes):

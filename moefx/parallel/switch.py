@@ -51,6 +51,8 @@ def switch(model: nn.Module, layout: Placement | float, optimizers: Optimizers =
     facts = dict.fromkeys(("the layouts", "the optimizers' states"), bytes(32))
     wanted: list[Roster] = []
     try:
+        for name, layer in layers.items():
+            layer.need_weights(f"{asked} of {name}")
         wanted = _rosters(model, layers, layout, asked)
         _no_gradients(layers, asked)
         known = [[sorted(s) for s in _states(layer, held)] for layer in layers.values()]

@@ -66,7 +66,7 @@ def wire_bytes(
     else:
         found_GG = np.zeros((devices, devices))
         for i, count_NG in enumerate(held):
-            sent_NG = count_NG if way == "home" else (count_NG > 0)
+            sent_NG = count_NG if way == "home" else np.minimum(count_NG, 1)
             rows_GG = _pairs(home_N, sent_NG, devices)
             extra = 0 if way == "home" else k * (NUMBER_BYTES + gate_bytes)
             told_G = layout.counts(i) if way == "home" else np.ones(devices)
