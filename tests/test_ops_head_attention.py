@@ -33,7 +33,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, scale: float | None = 
 @given(
     samples=st.integers(1, 2),
     queries=st.integers(1, 9),
-    keys=st.integers(1, 8),
+    keys=st.integers(0, 8),
     heads=st.integers(1, 4),
     width=st.sampled_from([1, 4, 9]),
     share=st.sampled_from([0.0, 0.3, 1.0]),

@@ -15,6 +15,10 @@ from torch import Tensor
 
 from moefx.ops._checks import differ, no_double_backward, one_device, refuse
 
+# What F.scaled_dot_product_attention calls on a CPU; only in this form it returns the log of the sum as well.
+_FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
 
 def head_attention(
     q_BNHd: Tensor, k_BMHd: Tensor, v_BMHd: Tensor, gates_BNH: Tensor, scale: float | None = None
@@ -72,9 +76,11 @@ def _head_attention_cpu(
     lse = torch.zeros(gates_BNH.shape, dtype=torch.promote_types(q_BNHd.dtype, torch.float32))
     for b, h, chosen in _chosen(gates_BNH):
         q, k, v, gate = _of_head(q_BNHd, k_BMHd, v_BMHd, gates_BNH, b, h, chosen)
-        logits = (q @ k.mT) * scale
-        lse[b, chosen, h] = logits.logsumexp(-1)
-        out[b, chosen, h] = (gate * (logits.softmax(-1) @ v)).to(out.dtype)
+        o, found = (
+            _FUSED(q, k, v, scale=scale) if k.numel() else (torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf))
+        )
+        lse[b, :, h].index_copy_(0, chosen, found.view(-1))
+        out[b, :, h].index_copy_(0, chosen, (gate * o).to(out.dtype)[0, 0])
     return out, lse
 
 
@@ -115,17 +121,16 @@ def _backward_cpu(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv, dgates = (torch.zeros(t.shape, dtype=t.dtype) for t in (q, k, v, gates))
-    for b, h, chosen in _chosen(gates):
+    for b, h, chosen in _chosen(gates if k.numel() else gates[:0]):
         q_, k_, v_, gate = _of_head(q, k, v, gates, b, h, chosen)
-        g = grad[b, chosen, h].to(q_.dtype)
-        weights = torch.exp((q_ @ k_.mT) * scale - lse[b, chosen, h].unsqueeze(-1))
-        dots = g @ v_.mT
-        dgate = (weights * dots).sum(-1, keepdim=True)
-        ds = weights * gate * (dots - dgate) * scale
-        dq[b, chosen, h] = (ds @ k_).to(dq.dtype)
-        dk[b, :, h] = (ds.mT @ q_).to(dk.dtype)
-        dv[b, :, h] = (weights.mT @ (g * gate)).to(dv.dtype)
-        dgates[b, chosen, h] = dgate.squeeze(-1).to(dgates.dtype)
+        g = _rows(grad, b, h, chosen).to(q_.dtype)
+        o = _rows(out, b, h, chosen).to(q_.dtype) / gate
+        parts = _FUSED_BACKWARD(
+            g * gate, q_, k_, v_, o, lse[b, :, h].index_select(0, chosen)[None, None], 0.0, False, scale=scale
+        )
+        dq[b, :, h].index_copy_(0, chosen, parts[0][0, 0].to(dq.dtype))
+        dk[b, :, h], dv[b, :, h] = parts[1][0, 0], parts[2][0, 0]
+        dgates[b, :, h].index_copy_(0, chosen, (g * o).sum(-1).view(-1).to(dgates.dtype))
     return dq, dk, dv, dgates
 
 
@@ -150,8 +155,18 @@ def _of_head(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the chosen queries, all keys and values and the gates of one head, in at least float32."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    gate = gates[b, chosen, h].unsqueeze(-1)
-    return q[b, chosen, h].to(wide), k[b, :, h].to(wide), v[b, :, h].to(wide), gate.to(wide)
+    gate = gates[b, :, h].index_select(0, chosen).view(1, 1, -1, 1)
+    return (
+        _rows(q, b, h, chosen).to(wide),
+        k[b, None, None, :, h].to(wide),
+        v[b, None, None, :, h].to(wide),
+        gate.to(wide),
+    )
+
+
+def _rows(values_BNHd: Tensor, b: int, h: int, chosen: Tensor) -> Tensor:
+    """Return the chosen tokens of one head as a batch of one, ``[1, 1, n, d]``."""
+    return values_BNHd[b, :, h].index_select(0, chosen)[None, None]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -45,8 +45,8 @@ def run_loop(
     """
     sizes: list[int] = offsets.diff().tolist()
     taken = order_R[: sum(sizes)]
-    tokens = (taken // gates_TK.shape[1]).split(sizes)
-    gates = gates_TK.reshape(-1, 1).index_select(0, taken).split(sizes)
+    tokens = torch.split_with_sizes(taken // gates_TK.shape[1], sizes)
+    gates = torch.split_with_sizes(gates_TK.reshape(-1, 1).index_select(0, taken), sizes)
     narrow = weights.hidden < weights.out_dim
     y_TD = x_TD.new_zeros((x_TD.shape[0], weights.out_dim))
     for e, (token_M, gate_M1) in enumerate(zip(tokens, gates, strict=True)):
