@@ -52,8 +52,8 @@ GROUPS: dict[str, tuple[Callable[..., Numbers], ...]] = {
     "flux": (denoisers.flux,),
     "four": (meshes.a_mesh_refuses_as_one, meshes.experts_times_data, meshes.under_ddp, meshes.under_fsdp),
     "dit": (denoisers.dit,),
-    "save": (checkpoints.save_half_way,),
-    "resume": (checkpoints.resume,),
+    "save": (checkpoints.save_half_way, checkpoints.save_divided),
+    "resume": (checkpoints.resume, checkpoints.resume_divided),
     "damaged": (checkpoints.damaged_checkpoint,),
     "lost": (checkpoints.lose_a_rank,),
 }

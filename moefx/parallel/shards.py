@@ -33,6 +33,7 @@ from moefx.model.staging import replacing
 from moefx.parallel.agree import agree
 from moefx.parallel.divided import DividedExperts
 from moefx.parallel.parallelize import DATA_GROUP
+from moefx.parallel.state import divided_like, whole
 from moefx.passes.placement import routed_layers
 from moefx.passes.placement.stacks import stack_of, stacked_parameters
 
@@ -59,6 +60,9 @@ def save_shards(
 ) -> None:
     """Write a checkpoint of a parallel model and its optimizers into a folder that all processes see. A collective.
 
+    What FSDP2 divides is gathered and written as a whole, so that it can be read on any number of processes, divided
+    or not.
+
     Args:
         model: from :func:`parallelize`.
         folder: replaced as a whole if it exists.
@@ -66,7 +70,8 @@ def save_shards(
         extra: JSON of one's own, such as the number of steps; rank 0's is kept.
 
     Raises:
-        InputError: a process cannot write, or a parameter is itself divided (FSDP). Raised on all ranks.
+        InputError: a process cannot write. Raised on all ranks.
+        PlanError: experts are streamed.
     """
     layers, held = _layers(model), _listed(optimizers)
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -88,11 +93,12 @@ def save_shards(
         dist.broadcast_object_list(stage, src=0)
         target = Path(str(stage[0]))
         entries: dict[str, FileEntry] = {}
+        rest = _rest(layers, held, model)
         try:
             if writes:
                 entries |= _write(target, f"rank-{_index(first):05}.safetensors", _rows(layers, held, model))
             if rank == 0:
-                entries |= _write(target, REPLICATED, _rest(layers, held, model))
+                entries |= _write(target, REPLICATED, rest)
         except (OSError, SafetensorError, MoefxError) as error:
             problem = _wrapped(asked, error)
         _agree(asked, problem)
@@ -161,7 +167,7 @@ def _pending(
         def read(key: str, name: str, like: Tensor) -> Tensor:
             if name not in cut:
                 plain: Tensor = files[REPLICATED].get_tensor(key)
-                return plain.to(like.device)
+                return divided_like(plain.to(like.device), like)
             where = [places[cut[name]][e] for e in _homes(layers[cut[name]])[_index(layers[cut[name]])]]
             rows = [files[file].get_slice(key)[i : i + 1] for file, i in where]
             return (torch.cat(rows) if rows else like.new_empty(like.shape)).to(like.device)
@@ -197,7 +203,7 @@ def _rows(layers: dict[str, Any], optimizers: list[Optimizer], model: nn.Module)
 
 
 def _rest(layers: dict[str, Any], optimizers: list[Optimizer], model: nn.Module) -> dict[str, Tensor]:
-    """Return what all ranks hold alike."""
+    """Return what all ranks hold alike; what FSDP divides is gathered, in the same order on all ranks."""
     cut = {f"{prefix}.{name}" for prefix, layer in layers.items() for name in _stacked(layer)}
     found = {name: tensor for name, tensor in model.state_dict().items() if name not in cut}
     for name, parameter in model.named_parameters():
@@ -205,17 +211,10 @@ def _rest(layers: dict[str, Any], optimizers: list[Optimizer], model: nn.Module)
             for key, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor) and not (name in cut and value.ndim and value.shape == parameter.shape):
                     found[f"optimizer.{i}.plain.{key}.{name}"] = value
-    return found
+    return {name: whole(tensor) for name, tensor in found.items()}
 
 
 def _write(folder: Path, name: str, tensors: dict[str, Tensor]) -> dict[str, FileEntry]:
-    divided = next((key for key, tensor in tensors.items() if hasattr(tensor, "full_tensor")), None)
-    if divided is not None:
-        raise InputError(
-            f"save {divided}",
-            found="a parameter that is divided over processes",
-            do="save FSDP's part with torch.distributed.checkpoint",
-        )
     save_file({key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}, folder / name)
     return {name: describe(folder, name)}
 

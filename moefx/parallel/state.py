@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moefx.parallel.divided import DividedExperts
 from moefx.parallel.parallelize import DATA_GROUP, expert_parameters, parallel_layers
@@ -68,7 +69,7 @@ def gather_state_dict(model: nn.Module) -> dict[str, Any]:
 
     Loading it into a parallel model on any number of ranks takes each rank's part.
     """
-    state = dict(model.state_dict())
+    state = {name: whole(t) if isinstance(t, Tensor) else t for name, t in model.state_dict().items()}
     layers = parallel_layers(model)
     for prefix, layer in layers.items():
         for name in layer.stacked_names:
@@ -89,6 +90,18 @@ def gather_experts(layer: DividedExperts, local: Tensor) -> Tensor:
         dist.broadcast(part, group=group, group_src=rank)
         full[torch.tensor(home, device=full.device)] = part
     return full
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor that FSDP divides as a whole, a collective then; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def divided_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return this rank's part of a whole tensor, divided as ``like`` is, without talking to other ranks."""
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _group(layer: DividedExperts) -> dist.ProcessGroup:
