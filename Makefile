@@ -13,7 +13,7 @@ export MPLBACKEND := Agg
 export PYTHONNOUSERSITE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint types imports suite long coverage smoke format goldens bench wheel clean distclean
+.PHONY: help env demo test lint types imports suite coverage smoke format goldens bench wheel clean distclean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -37,10 +37,7 @@ imports: env ## import contracts: who may import whom
 	.venv/bin/lint-imports --no-logo --no-cache
 
 suite: env ## the test-suite (ARGS="-k name" for a part)
-	$(RUN) pytest -n $(WORKERS) -m "not long" $(ARGS)
-
-long: env ## the few tests that take longest, which `make test` leaves out
-	$(RUN) pytest -n $(WORKERS) -m long $(ARGS)
+	$(RUN) pytest -n $(WORKERS) $(ARGS)
 
 coverage: env ## the test-suite with coverage, which takes longer
 	$(RUN) pytest -n $(WORKERS) --cov --cov-report=term:skip-covered $(ARGS)
