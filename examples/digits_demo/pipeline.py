@@ -19,7 +19,7 @@ from examples.digits_demo.config import Config
 from examples.digits_demo.cost import cost, routed_layers
 from examples.digits_demo.data import Digits, load
 from examples.digits_demo.files import write_text
-from examples.digits_demo.flow import sample
+from examples.digits_demo.flow import Batch, sample
 from examples.digits_demo.judge import Judge, bucket_errors, paired_difference
 from examples.digits_demo.train import Curve, Trainee, train
 
@@ -111,7 +111,7 @@ def convert(config: Config, data: Digits, model: Any, folder: Path) -> tuple[Any
 def finetune(config: Config, data: Digits, model: nn.Module, routed: nn.Module) -> dict[str, Curve]:
     """Train both models side by side, in place, on the same batches; they end with averaged weights."""
 
-    def balance(model: nn.Module) -> Tensor:
+    def balance(model: nn.Module, _: Batch) -> Tensor:
         penalty: Tensor = moefx.aux_loss(model, balance=config.routing.balance_weight)
         return penalty
 

@@ -17,7 +17,7 @@ from examples.digits_demo.config import StageConfig
 from examples.digits_demo.data import Digits
 from examples.digits_demo.flow import Batch, logit_normal, velocity_errors
 
-Penalty = Callable[[nn.Module], Tensor]
+Penalty = Callable[[nn.Module, Batch], Tensor]
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Trainee:
         self.model.train()
         loss = velocity_errors(self.model, batch).mean()
         self.curve.train.append(loss.item())
-        total = loss if self.penalty is None else loss + self.penalty(self.model)
+        total = loss if self.penalty is None else loss + self.penalty(self.model, batch)
         self.optimizer.zero_grad()
         torch.autograd.backward(total)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

@@ -18,11 +18,11 @@ RECIPE = register_recipe(
             normaliser="softmax, raw",
             experts="linear masks",
             combine="mask, complement residual",
-            losses="diffusion prior (moefx.routing.prior)",
+            losses="diffusion prior (moefx.training.DiffusionPrior)",
             start="equal",
         ),
         notes="The router reads what the block sees of the timestep, raw or embedded, so that samplers with "
         "real-valued timesteps work; the released code looks integers up. The prior loss spans all "
-        "layers: build it from moefx.routing.prior and the layers' probabilities.",
+        "layers: moefx.training.DiffusionPrior.",
     )
 )

@@ -50,6 +50,8 @@ class RoutingRecord(KeepFloat32):
         entropy: ``[]``, mean entropy of the router's distribution in nats.
         assigned: ``[E]``, number of assignments since it was last set to zero (see `moefx.training.update_biases`).
         terms: scalars of the last call with their graph, by name; empty before the first.
+        keeps: set it, and the router's distribution of the last call stays in ``kept``.
+        kept: ``[T, E]`` probabilities of the last call with their graph, for losses that span layers.
     """
 
     load: Tensor
@@ -71,6 +73,8 @@ class RoutingRecord(KeepFloat32):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float32, device=device), persistent=False)
         self.coefficients: dict[str, float] = dict({"balance": 0.01} if coefficients is None else coefficients)
         self.terms: dict[str, Tensor] = {}
+        self.keeps = False
+        self.kept: Tensor | None = None
 
     def update(self, logits: Tensor, experts: Tensor, mode: str) -> None:
         """Record one routing decision: logits ``[T, E]`` (float32) and selected experts ``[T, K]``.
@@ -92,6 +96,7 @@ class RoutingRecord(KeepFloat32):
         self.entropy.copy_(entropy(p.detach()))
         self.assigned.add_(counts)
         self.terms = terms
+        self.kept = p if self.keeps else None
 
     def add(self, name: str, term: Tensor) -> None:
         """Add a scalar of this call to the terms, after `update` if there is one; it replaces one of that name."""
@@ -104,7 +109,7 @@ class RoutingRecord(KeepFloat32):
             setattr(self, name, torch.zeros_like(buffer, device=device))
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"terms": {}}
+        return self.__dict__ | {"terms": {}, "kept": None}
 
 
 def _only_mathematics(logits: Tensor) -> bool:
