@@ -164,7 +164,8 @@ class Builder:
 
     def is_bool(self, arg: Arg) -> bool:
         """Whether a value is a truth value."""
-        return isinstance(arg, str) and arg in self._by_name and OPS[self._by_name[arg].op].is_bool
+        op = self._by_name[arg].op if isinstance(arg, str) and arg in self._by_name else ""
+        return op in OPS and OPS[op].is_bool
 
     def step(self, op: str, *args: Arg) -> str:
         """Append ``op(*args)`` and return the name of its value."""

@@ -42,6 +42,8 @@ class Schedule:
 
 
 _COLUMNS = (256, 128, 64, 32, 16)
+#: Height of the lowest row tile.
+MIN_ROW_TILE = 16
 
 
 def load_class(rows: int, experts: int) -> int:

@@ -171,6 +171,8 @@ class RegionSpec:
 
     linears: tuple[LinearSpec, ...]
     combine: CombineSpec | None = None
+    #: Whether the positions of pairs and the row tiles are given, by the kernels that grouped the rows.
+    placed: bool = False
 
     @property
     def kernels(self) -> tuple[KernelSpec, ...]:
@@ -191,7 +193,7 @@ class RegionSpec:
     @property
     def key(self) -> str:
         """Content hash; names the region in graphs."""
-        return digest("\n\n".join(kernel.text for kernel in self.kernels))[:16]
+        return digest("\n\n".join([*(kernel.text for kernel in self.kernels), *["placed"] * self.placed]))[:16]
 
 
 def digest(text: str) -> str:

@@ -1,0 +1,314 @@
+"""Find routers in a graph, by data flow alone: a linear map, what is computed of its rows, the choice of the top k.
+
+From the choice (a stable descending sort, ``topk`` or ``argmax``) the finder goes up to the linear map whose result has
+the shape of the scores, reads every step between them, then reads on to the gates as far as the rows go.  Each step is
+a row program's (`moefx.codegen.rows`); whatever else enters, such as a bias, noise, or logits of a timestep, is an
+operand.  A router that cannot be read stays as it is, with the reason.
+
+Shapes: T tokens of B samples, D width, E experts, K chosen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from moefx import ops
+from moefx.codegen.kernels.grouping import MOST_EXPERTS, GroupingSpec
+from moefx.codegen.kernels.router import RouterSpec
+from moefx.codegen.pointwise import Arg
+from moefx.codegen.reasons import CannotLower
+from moefx.codegen.row_reader import RowReader, last_axis
+from moefx.codegen.rows import Choice, RowProgram
+from moefx.codegen.spec import Kernel
+from moefx.codegen.tail import called, same
+
+Value = Callable[[Any], torch.Tensor]
+_CASTS = frozenset({"to", "float", "_to_copy", "type_as"})
+
+
+@dataclass(frozen=True)
+class RouterLowering:
+    """A router and the kernel that computes it."""
+
+    name: str
+    spec: RouterSpec
+    #: Where tokens, weight and the operands of the program are read: a node, and which of its inputs.
+    reads: tuple[tuple[fx.Node, int], ...]
+    index: fx.Node
+    #: What else leaves the kernel, in the order of the program's outputs.
+    outputs: tuple[fx.Node, ...]
+    #: The product itself, where others read it.
+    product: fx.Node | None = None
+    #: What the kernel computes, in order.
+    nodes: tuple[fx.Node, ...] = ()
+
+    @property
+    def output(self) -> fx.Node:
+        """A node on the device of the router."""
+        return self.index
+
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """Tokens, weight, and the operands of the program; other replacements may have changed them."""
+        return tuple(node.all_input_nodes[i] for node, i in self.reads)
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """The kernels of the forward pass."""
+        return (self.spec,)
+
+    def replace(self, graph: fx.GraphModule, training: bool) -> None:
+        """Put a call of the kernel in the place of the nodes."""
+        from moefx.codegen.routing import register
+
+        spec = dataclasses.replace(self.spec, keep=self.spec.keep or training)
+        targets = [self.index, *self.outputs, *([self.product] if self.product else [])]
+        places = [0, *range(1, 1 + len(self.outputs)), *([1 + len(self.outputs)] if self.product else [])]
+        x, weight, *operands = self.inputs
+        first = self.first_reader(graph)
+        with graph.graph.inserting_before(first):
+            call = graph.graph.call_function(
+                torch.ops.moefx.router.default, (x, weight, list(operands), register(spec))
+            )
+            items = [graph.graph.call_function(operator.getitem, (call, place)) for place in places]
+        for node, item in zip(targets, items, strict=True):
+            item.meta = dict(node.meta)
+            node.replace_all_uses_with(item)
+        for node in reversed((*self.nodes, self.index)):
+            if not node.users:
+                graph.graph.erase_node(node)
+
+    def first_reader(self, graph: fx.GraphModule) -> fx.Node:
+        """Return the first node that reads what leaves the kernel, once all inputs stand before it."""
+        position = {node: i for i, node in enumerate(graph.graph.nodes)}
+        inside = {*self.nodes, self.index}
+        made = [self.index, *self.outputs, *([self.product] if self.product else [])]
+        first = min((u for n in made for u in n.users if u not in inside), key=position.__getitem__)
+        for node in self.inputs:
+            if position[node] > position[first]:
+                first.prepend(node)
+        return first
+
+
+@dataclass(frozen=True)
+class GroupLowering:
+    """A call of ``moefx::group``, which kernels compute together with the row tiles of the regions that read it."""
+
+    name: str
+    output: fx.Node
+    experts: int
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """The module of both kernels."""
+        return (GroupingSpec(),)
+
+    def replace(self, graph: fx.GraphModule) -> dict[fx.Node, tuple[fx.Node, fx.Node]]:
+        """Call the kernels instead; return position and tiles by the nodes of the offsets."""
+        import moefx.codegen.routing  # noqa: F401  (defines the operator)
+
+        node = self.output
+        node.args, node.kwargs = (*node.args, *node.kwargs.values()), {}
+        node.target = torch.ops.moefx.grouping.default
+        with graph.graph.inserting_after(node):
+            tiles = graph.graph.call_function(operator.getitem, (node, 3))
+            position = graph.graph.call_function(operator.getitem, (node, 2))
+        return {user: (position, tiles) for user in node.users if user.args[1] == 1}
+
+
+def lower_group(node: fx.Node, name: str) -> GroupLowering:
+    """Return the grouping of a call, or raise :class:`CannotLower`."""
+    experts = node.kwargs.get("num_experts", node.args[1] if len(node.args) > 1 else None)
+    if not isinstance(experts, int) or experts > MOST_EXPERTS:
+        raise CannotLower("lower a grouping", found=f"{experts} experts; kernels take up to {MOST_EXPERTS}")
+    if any(called(user) != "getitem" for user in node.users):
+        raise CannotLower("lower a grouping", found=f"{node.name} is read as a whole")
+    return GroupLowering(name, node, experts)
+
+
+def feeds_routing(choice: fx.Node) -> bool:
+    """Whether the numbers that a choice yields reach ``moefx::group``: then it is a router, whatever it looks like."""
+    seen, pending = {choice}, [choice]
+    while pending:
+        for user in pending.pop().users:
+            if calls(user, "group"):
+                return True
+            made = user.meta.get("val", user.meta.get("example_value"))
+            moves = called(user) in ("getitem", "getattr")
+            if user not in seen and (moves or (isinstance(made, torch.Tensor) and made.dtype == torch.int64)):
+                seen.add(user)
+                pending.append(user)
+    return False
+
+
+def calls(node: Any, name: str) -> bool:
+    """Whether a node calls a dialect operator, in any spelling."""
+    packet = getattr(torch.ops.moefx, name)
+    spellings = (packet, packet.default, getattr(ops, name))
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in spellings
+
+
+def is_choice(node: fx.Node) -> bool:
+    """Whether a node chooses experts by rows of scores."""
+    name = called(node)
+    if name == "topk":
+        return True
+    keep = bool(node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False))
+    return name == "sort" or (name == "argmax" and keep)
+
+
+def lower_router(choice: fx.Node, value: Value, name: str) -> RouterLowering:
+    """Return the router that ends in a choice, or raise :class:`CannotLower`."""
+    if not isinstance(choice.args[0], fx.Node) or not last_axis(choice, 2 if called(choice) == "topk" else 1, value):
+        raise CannotLower("lower a router", found=f"{choice.name} does not choose along the last axis")
+    return _Router(choice, choice.args[0], value, name).lowering()
+
+
+class _Router:
+    """One router while it is read."""
+
+    def __init__(self, choice: fx.Node, scores: fx.Node, value: Value, name: str) -> None:
+        self.choice, self.scores, self.value, self.name = choice, scores, value, name
+        self.root = self.linear()
+        #: Nodes between the choice and the chosen experts.
+        self.between: list[fx.Node] = []
+        self.reader = RowReader(self.root, value)
+
+    def linear(self) -> fx.Node:
+        """Return the nearest linear map above the scores whose result has their shape."""
+        shape, seen, pending = self.value(self.scores).shape, set(), [self.scores]
+        while pending:
+            node = pending.pop(0)
+            if called(node) == "linear" and same(self.value(node).shape, shape):
+                return node
+            new = [n for n in node.all_input_nodes if n not in seen and called(node) != "linear"]
+            seen.update(new)
+            pending += new
+            if len(seen) > 64:
+                break
+        raise CannotLower("lower a router", found=f"no linear map gives the scores of {self.choice.name}")
+
+    def lowering(self) -> RouterLowering:
+        index, k, values = self.chosen()
+        reader = self.reader
+        scores = reader.read(self.scores)
+        reader.take_choice(index, k)
+        if values is not None:
+            reader.give(values, reader.b.step("pick", scores), "slot")
+        reader.read_on()
+        return self.finish(index, k, scores)
+
+    def chosen(self) -> tuple[fx.Node, int, fx.Node | None]:
+        """Return the node of the chosen experts, how many they are, and the node of their scores."""
+        if called(self.choice) == "argmax":
+            return self.choice, 1, None
+        items: dict[int, fx.Node] = {}
+        self.between = list(self.choice.users)
+        for user in self.choice.users:
+            which = {"values": 0, "indices": 1}.get(str(user.args[1]), user.args[1]) if len(user.args) > 1 else None
+            if called(user) not in ("getitem", "getattr") or which not in (0, 1):
+                raise CannotLower("lower a router", found=f"{user.name} reads {self.choice.name} in another way")
+            items[int(which)] = user  # type: ignore[call-overload]
+        if called(self.choice) == "topk":
+            largest = self.choice.kwargs.get("largest", self.choice.args[3] if len(self.choice.args) > 3 else True)
+            k = self.choice.kwargs.get("k", self.choice.args[1] if len(self.choice.args) > 1 else None)
+            if not largest or not isinstance(k, int) or 1 not in items:
+                raise CannotLower("lower a router", found=f"{self.choice.name} takes the lowest, or no fixed number")
+            return items[1], k, items.get(0)
+        if not self.choice.kwargs.get("descending", False):
+            raise CannotLower("lower a router", found=f"{self.choice.name} sorts upwards")
+        cuts = {which: _cut(item) for which, item in items.items()}
+        if 1 not in cuts or len({k for _, k in cuts.values()}) != 1:
+            raise CannotLower("lower a router", found=f"{self.choice.name} is not cut to the first k")
+        node, k = cuts[1]
+        return node, k, cuts[0][0] if 0 in cuts else None
+
+    def finish(self, index: fx.Node, k: int, scores: Arg) -> RouterLowering:
+        """Return what was read, with the outputs that others read."""
+        reader = self.reader
+        inside = {*reader.needed(self.scores), *self.between, self.choice}
+        leaving = [n for n in inside if n in reader.env and any(u not in inside for u in n.users)]
+        leaving.sort(key=list(self.root.graph.nodes).index)
+        outputs = [n for n in leaving if reader.env[n] != "z0"]
+        kinds = [reader.kind(n) for n in outputs]
+        if any(kind not in ("slot", "wide") for kind in kinds):
+            raise CannotLower("lower a router", found=f"{outputs[0].name} leaves it with one value per token")
+        steps, (by, *values) = reader.b.finish_all(scores, *(reader.env[n] for n in outputs))
+        choice = Choice(by, k)
+        experts = int(self.value(self.root).shape[-1])
+        pairs = tuple(zip(kinds, values, strict=True))
+        program = RowProgram(experts, steps, choice, tuple(reader.operands.values()), pairs)
+        product = [n for n in leaving if reader.env[n] == "z0"]
+        x, weight = self.tokens(), self.root.args[1]
+        assert isinstance(weight, fx.Node)
+        made = self.value(self.root).dtype
+        spec = RouterSpec(
+            program,
+            int(self.value(x).shape[-1]),
+            _dtype(self.value(x)),
+            _dtype(self.value(weight)),
+            None if made == torch.float32 else _dtype(self.value(self.root)),
+            keep=bool(product),
+        )
+        return RouterLowering(
+            self.name,
+            spec,
+            self.reads(x, weight, inside),
+            index,
+            tuple(outputs),
+            reader.first_of(product) if product else None,
+            tuple(sorted(inside - {index}, key=list(self.root.graph.nodes).index)),
+        )
+
+    def reads(self, x: fx.Node, weight: fx.Node, inside: set[fx.Node]) -> tuple[tuple[fx.Node, int], ...]:
+        """Return who reads the inputs of the kernel."""
+        cast = self.root.args[0]
+        assert isinstance(cast, fx.Node)
+        holder = self.root if cast is x else cast
+        found = [(holder, holder.all_input_nodes.index(x)), (self.root, self.root.all_input_nodes.index(weight))]
+        for operand in self.reader.operands:
+            user = next(u for u in operand.users if u in inside)
+            found.append((user, user.all_input_nodes.index(operand)))
+        return tuple(found)
+
+    def tokens(self) -> fx.Node:
+        """Return what the linear map reads, before a cast to a wider dtype, which the kernel does by itself."""
+        node = self.root.args[0]
+        assert isinstance(node, fx.Node)
+        source = node.args[0] if called(node) in _CASTS and node.args else None
+        if isinstance(source, fx.Node) and isinstance(
+            source.meta.get("val", source.meta.get("example_value")), torch.Tensor
+        ):
+            given, cast = self.value(source), self.value(node)
+            if given.dtype in (torch.bfloat16, torch.float16, torch.float32) and cast.dtype == torch.float32:
+                return source
+        return node
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _cut(node: fx.Node) -> tuple[fx.Node, int]:
+    """Return the slice of the first k of a sorted axis, which is all that is read of it."""
+    users = list(node.users)
+    if len(users) == 1 and called(users[0]) == "getitem":
+        index = users[0].args[1]
+        last = index[-1] if isinstance(index, tuple) else None
+        whole = isinstance(index, tuple) and all(i is Ellipsis or i == slice(None) for i in index[:-1])
+        if (
+            whole
+            and isinstance(last, slice)
+            and last.start in (None, 0)
+            and last.step in (None, 1)
+            and isinstance(last.stop, int)
+        ):
+            return users[0], last.stop
+    raise CannotLower("lower a router", found=f"{node.name} is not cut to the first k")
