@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -19,9 +20,9 @@ from examples.dit import DiT
 from moefx import zoo
 from moefx.errors import PlanError
 from moefx.graph.signature import Inputs
-from moefx.parallel import average_gradients, gather_experts, parallel_layers, schedule, switch
+from moefx.parallel import average_gradients, count_wire_bytes, gather_experts, parallel_layers, schedule, switch
 from moefx.passes.placement import ModelDims, Placement, Topology, TraceCollector, Window, place
-from moefx.passes.schedule import order_digest
+from moefx.passes.schedule import CapacityTable, order_digest
 from moefx.routing import DenseFFN, random_weights
 from tests.parallel_copies import with_copies
 from tests.parallel_denoisers import dit_inputs, flux_inputs, routed
@@ -171,6 +172,95 @@ def orders_agree() -> Numbers:
     return {"differ": float(len(set(everyone)) != 1)}
 
 
+def fixed_sizes() -> Numbers:
+    """Messages of fixed sizes: too large, too small for some rank only, and far too small for all; gradients too."""
+    found: Numbers = {}
+    for name, caps in (("roomy", 40), ("tight", 9), ("tiny", 1)):
+        table = CapacityTable((1.0,), np.full((1, 2, 2), caps))
+        options: dict[str, Any] = {"capacity": table}
+        for key, value in compare(Net(torch.float64), placement(*HOMES), tokens(17, 6), (EXAMPLE,), **options).items():
+            found[f"{name} {key}"] = value
+        empty = placement((0,) * 6, (1,) * 6)
+        numbers = compare(Net(torch.float64, gated=True), empty, tokens(5, 1), (EXAMPLE,), **options)
+        found |= {f"{name} empty {key}": value for key, value in numbers.items()}
+        with_copy = compare(Net(torch.float64), with_copies(local_first=True), tokens(9, 14), (EXAMPLE,), **options)
+        found |= {f"{name} copies {key}": value for key, value in with_copy.items()}
+    return found
+
+
+def bytes_of_fixed_sizes() -> Numbers:
+    """What is sent is what the table says while all rows fit; with too small a table, the rest too."""
+    rank, ranks, net = dist.get_rank(), dist.get_world_size(), Net(torch.float64)
+    x, worst = shards([24, 24], torch.float64)[rank], 0.0
+    with torch.no_grad():
+        rows = sent_rows(net, x)
+    everyone = [torch.zeros_like(rows) for _ in range(ranks)]
+    dist.all_gather(everyone, rows)
+    for caps in (48, 10):
+        table = CapacityTable((1.0,), np.full((1, 2, ranks), caps))
+        program = schedule(copy.deepcopy(net), None, placement(*HOMES), (EXAMPLE,), capacity=table)
+        with torch.no_grad(), count_wire_bytes(ranks) as sent:
+            program(x)
+        counts = [8 * (HOMES[i].count(g) + 1) for g in range(ranks) for i in range(2)]
+        other = 1 - rank
+        wanted = 2 * 2 * caps * WIDTH * 8 + sum(counts[2 * other : 2 * other + 2])
+        for i in range(2):
+            there, back = (max(int(n) - caps, 0) for n in (everyone[rank][i, other], everyone[other][i, rank]))
+            wanted += (there + back) * WIDTH * 8
+        worst = max(worst, abs(wanted - int(sent[other])))
+    return {"difference": worst, "all fitted": float(int(torch.stack(everyone).max()) <= 10)}
+
+
+def sent_rows(net: Net, x: Tensor) -> Tensor:
+    """Return how many rows of ``x`` each layer sends to each rank, ``[L, G]``, counted from the choices."""
+    chosen: list[Tensor] = []
+    hooks = [f.experts.register_forward_pre_hook(lambda _, args: chosen.append(args[1].clone())) for f in net.ffns]
+    net(x)
+    for hook in hooks:
+        hook.remove()
+    homes = [torch.tensor(home)[ids.flatten()] for home, ids in zip(HOMES, chosen, strict=True)]
+    return torch.stack([torch.bincount(home, minlength=dist.get_world_size()) for home in homes])
+
+
+def drifting(steps: int, size: float) -> list[Tensor]:
+    """Return inputs that change a little from step to step, for this rank."""
+    draws = torch.Generator().manual_seed(5 + dist.get_rank())
+    x = torch.randn(1, 40, WIDTH, generator=draws, dtype=torch.float64)
+    way = torch.randn(1, 40, WIDTH, generator=draws, dtype=torch.float64)
+    return [x + size * step * way for step in range(steps)]
+
+
+def steps_go_on_from_steps() -> Numbers:
+    """Delta steps are exact whether or not the changed rows fit; another batch is refused until told to forget."""
+    found: Numbers = {}
+    for name, places in (("roomy", 40), ("tight", 2)):
+        whole = Net(torch.float64)
+        changes = np.full((2, 2), places)
+        program = schedule(Net(torch.float64), None, placement(*HOMES), (EXAMPLE,), changes=changes)
+        worst, ways = 0.0, []
+        for _ in range(2):
+            program.forget()
+            for x in drifting(5, 0.05):
+                ways.append(next(way for (_, way), one in program.variants.items() if one is program.current))
+                x = x.requires_grad_()
+                again = x.detach().clone().requires_grad_()
+                out, wanted = program(x), whole(again)
+                out.square().sum().backward()
+                wanted.square().sum().backward()
+                assert x.grad is not None
+                assert again.grad is not None
+                worst = max(worst, error(out, wanted), error(x.grad, again.grad))
+        found[name] = worst
+        found[f"{name} ways"] = float(ways[0] != "first" or ways[1] != "delta" or ways[5] != "first")
+        found[f"{name} starts anew"] = float((ways[1:5].count("first") > 0) != (name == "tight"))
+        try:
+            program(EXAMPLE)
+            found["refused"] = 1.0
+        except PlanError as refused:
+            found["refused"] = float("forget()" not in str(refused))
+    return found
+
+
 SCENARIOS: tuple[Callable[[], Numbers], ...] = (
     ways_of_tokens,
     shared_experts_move_behind_exchanges,
@@ -178,6 +268,9 @@ SCENARIOS: tuple[Callable[[], Numbers], ...] = (
     windows,
     ranks_refuse_together,
     orders_agree,
+    fixed_sizes,
+    bytes_of_fixed_sizes,
+    steps_go_on_from_steps,
 )
 
 

@@ -14,10 +14,11 @@ from torch.fx import Node
 
 from moefx.errors import PlanError
 from moefx.graph import Graph
-from moefx.parallel.lower import Plan, Rank, divide_experts
+from moefx.parallel.lower import divide_experts
 from moefx.parallel.program import capture
 from moefx.parallel.regions import find_regions
 from moefx.parallel.roster import Roster
+from moefx.parallel.writer import Plan, Rank
 from moefx.passes.placement import ModelDims, Placement, Topology
 from moefx.passes.schedule import COMM, COPY, Mark, lint_graph, mark_of, order_graph, set_mark, simulate, tasks_of
 from moefx.passes.schedule.price import price_graph, region_costs

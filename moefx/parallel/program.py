@@ -7,31 +7,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from moefx import graph as graphs
 from moefx.errors import MoefxError, PlanError
 from moefx.graph import Graph
 from moefx.graph.signature import Inputs
-from moefx.parallel.agree import text_digest
-from moefx.parallel.lower import Plan, Rank, divide_experts
+from moefx.parallel.agree import agree, text_digest
+from moefx.parallel.lower import divide_experts
+from moefx.parallel.memory import Memory
 from moefx.parallel.parallelize import _agree_everywhere, _groups, parallel_layers, parallelize
 from moefx.parallel.regions import find_regions
 from moefx.parallel.roster import Roster
 from moefx.parallel.steps import CopiedWeights
+from moefx.parallel.writer import Plan, Rank
 from moefx.passes.placement import ModelDims, Placement, RoutingTrace, Topology, routed_layers
 from moefx.passes.placement.stacks import stack_of
-from moefx.passes.schedule import LayerCost, Task, Timeline, order_digest, simulate
+from moefx.passes.schedule import CapacityTable, LayerCost, Task, Timeline, order_digest, simulate
 from moefx.passes.schedule.graph_lint import lint_graph
 from moefx.passes.schedule.graph_tasks import order_graph, tasks_of
 from moefx.passes.schedule.price import price_graph, region_costs
 from moefx.routing.experts import Experts
 
 DEGREES = (1, 2, 3, 4, 6, 8)
+_EXACT, _FIRST = "exact", "first"
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,40 +60,101 @@ class Scheduled:
 
 
 class Program(nn.Module):
-    """A parallel model that runs as a scheduled graph; called like the model.
+    """A parallel model that runs as scheduled graphs; called like the model.
 
     Attributes:
         model: the parallel model; parameters, gradients, checkpoints and :func:`switch` go on as without the graph.
         placement: where the experts live.
-        scheduled: one graph per layout of the placement.
+        variants: graphs by layout of the placement and by way of tokens.
+        measured: largest relative error of an approximate way on the inputs it was measured on; 0 for exact ones.
     """
 
-    def __init__(self, model: nn.Module, placement: Placement, scheduled: Sequence[Scheduled]) -> None:
+    def __init__(self, model: nn.Module, placement: Placement, maker: Maker, memory_bytes: float | None) -> None:
         super().__init__()
-        self.model, self.placement, self.scheduled = model, placement, tuple(scheduled)
+        self.model, self.placement, self.maker = model, placement, maker
+        self.memory_bytes = memory_bytes
+        self.variants: dict[tuple[int, str], Scheduled] = {}
+        self.capacity: CapacityTable | None = None
+        self.repeated, self.every, self.measured = "", 0, 0.0
         layouts = placement.layouts
         self._rosters = [[Roster.of(layout, i) for i in range(len(placement.layers))] for layout in layouts]
+        self._memories = [[Memory() for _ in placement.layers] for _ in layouts]
+        self._range, self._since, self._layout = 0, 0, 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph of the layout in force. A collective."""
-        return self.current.graph(*args, **kwargs)
+        out = self.current.graph(*args, **kwargs)
+        self._since += 1
+        return out
 
     @property
     def current(self) -> Scheduled:
-        """The graph of the layout in force.
+        """The graph that the next call runs."""
+        layout = self._layout_in_force()
+        if layout != self._layout:
+            self.forget()
+            self._layout = layout
+        if self.capacity is not None:
+            return self.variants[layout, f"capacity {self._range}"]
+        if not self.repeated:
+            return self.variants[layout, _EXACT]
+        anew = not self._since or (self.every and self._since % self.every == 0)
+        lost = any(memory.overflowed for memory in self._memories[layout])
+        return self.variants[layout, _FIRST if anew or lost else self.repeated]
+
+    def forget(self) -> None:
+        """Begin another batch: the next step does not go on from the last. Call it on every rank."""
+        self._since = 0
+        for memories in self._memories:
+            for memory in memories:
+                memory.forget()
+
+    @contextmanager
+    def at(self, sigma: float) -> Iterator[Program]:
+        """Use the sizes of messages for noise level ``sigma`` inside the block; without, those of the first range."""
+        before = self._range
+        self._range = 0 if self.capacity is None else self.capacity.range_at(sigma)
+        try:
+            yield self
+        finally:
+            self._range = before
+
+    def add(self, way: str, plan: Plan, degrees: Sequence[int] = (1,)) -> None:
+        """Write, order and check the graphs of one more way of tokens, for every layout. A collective.
 
         Raises:
-            PlanError: the model was switched to a layout that is not the placement's.
+            PlanError: a graph fails a check, or ranks would make different collectives. Raised on all ranks.
         """
+        asked = f"schedule {type(self.model).__name__}"
+        problem, orders, made = None, bytes(32), dict[tuple[int, str], Scheduled]()
+        try:
+            for i, layout in enumerate(self.placement.layouts):
+                one = replace(plan, memories=self._memories[i])
+                made[i, way] = self.maker.best(self.model, self.placement, layout, one, degrees)
+            self._check([one.graph for one in made.values()], asked)
+            orders = text_digest(repr([order_digest(one.tasks) for one in made.values()]))
+        except MoefxError as error:
+            problem = error
+        first = next(iter(parallel_layers(self.model).values()))
+        group = _resolve_process_group(cast(Any, first.group))
+        agree(asked, {"the orders of collectives": orders}, problem, first.slot_bounds.device.type, group)
+        self.variants |= made
+
+    def _check(self, graphs: Sequence[Graph], asked: str) -> None:
+        devices = len(self.maker.topology)
+        problems = [p for graph in graphs for p in lint_graph(graph, devices, memory_bytes=self.memory_bytes)]
+        if problems:
+            raise PlanError(asked, found="; ".join(map(str, problems)), do="give more memory, or report this schedule")
+
+    def _layout_in_force(self) -> int:
         now = [layer.roster for layer in parallel_layers(self.model).values()]
-        for rosters, scheduled in zip(self._rosters, self.scheduled, strict=True):
-            if rosters == now:
-                return scheduled
-        raise PlanError(
-            "run a scheduled graph",
-            found="a layout of the experts that the placement does not have",
-            do="schedule the model with a placement that has it as a window",
-        )
+        if now not in self._rosters:
+            raise PlanError(
+                "run a scheduled graph",
+                found="a layout of the experts that the placement does not have",
+                do="schedule the model with a placement that has it as a window",
+            )
+        return self._rosters.index(now)
 
 
 def schedule(
@@ -100,6 +167,8 @@ def schedule(
     trace: RoutingTrace | None = None,
     chunks: int | None = None,
     once: bool = False,
+    capacity: CapacityTable | None = None,
+    changes: NDArray[np.int64] | None = None,
     memory_bytes: float | None = None,
     verify: bool = True,
 ) -> Program:
@@ -120,6 +189,10 @@ def schedule(
         trace: how rows divide among experts; evenly by default.
         chunks: parts of the tokens; the fastest number on the clock by default.
         once: send a token to each rank at most once.
+        capacity: send messages of fixed sizes, from :func:`capacity_table`: no number of a routing decision is waited
+            for before the exchange. Rows that do not fit follow in a second one. Run each step inside ``at(sigma)``.
+        changes: send rows where they went in the step before, and those whose choice changed in a second message with
+            so many places, from :func:`changed_table`. Call ``forget()`` where another batch begins.
         memory_bytes: that each device has for activations and buffers.
         verify: see :func:`parallelize`.
 
@@ -130,31 +203,30 @@ def schedule(
     asked = f"schedule {type(model).__name__}"
     group, data = _groups(mesh, asked)
     problem: MoefxError | None = None
-    prepared: _Maker | None = None
+    maker: Maker | None = None
     try:
-        prepared = _Maker.of(model, inputs, topology or Topology.processes(len(placement.devices)), trace, once)
+        maker = Maker.of(model, inputs, topology or Topology.processes(len(placement.devices)), trace)
     except MoefxError as error:
         problem = error
     _agree_everywhere(asked, {}, problem, [group, data])
-    assert prepared is not None
-    parallelize(model, mesh, placement, once=once, verify=verify)
-    made: list[Scheduled] = []
-    orders = bytes(32)
-    try:
-        degrees = DEGREES if chunks is None else (chunks,)
-        made = [prepared.best(model, placement, layout, degrees) for layout in placement.layouts]
-        problems = [p for one in made for p in lint_graph(one.graph, len(prepared.topology), memory_bytes=memory_bytes)]
-        if problems:
-            raise PlanError(asked, found="; ".join(map(str, problems)), do="give more memory, or report this schedule")
-        orders = text_digest(repr([order_digest(one.tasks) for one in made]))
-    except MoefxError as error:
-        problem = error
-    _agree_everywhere(asked, {"the orders of collectives": orders}, problem, [group, data])
-    return Program(model, placement, made)
+    assert maker is not None
+    parallelize(model, mesh, placement, verify=verify)
+    program = Program(model, placement, maker, memory_bytes)
+    if capacity is None and changes is None:
+        program.add(_EXACT, Plan(way="once" if once else "slots"), DEGREES if chunks is None else (chunks,))
+    if capacity is not None:
+        for i, caps in enumerate(capacity.rows.tolist()):
+            program.add(f"capacity {i}", Plan(way="capacity", caps=caps))
+        program.capacity = capacity
+    if changes is not None:
+        program.add(_FIRST, Plan(way="first"))
+        program.add("delta", Plan(way="delta", caps=changes.tolist()))
+        program.repeated = "delta"
+    return program
 
 
 @dataclass(frozen=True, eq=False)
-class _Maker:
+class Maker:
     """What is known of a model before its experts are divided, from which the graph of any layout is written.
 
     Args:
@@ -164,7 +236,6 @@ class _Maker:
         topology: the devices.
         dims: sizes of experts and rows.
         trace: how rows divide among experts, or None.
-        once: send a token to each rank at most once.
     """
 
     graph: Graph
@@ -173,25 +244,26 @@ class _Maker:
     topology: Topology
     dims: ModelDims
     trace: RoutingTrace | None
-    once: bool
 
     @classmethod
-    def of(cls, model: nn.Module, inputs: Inputs, topology: Topology, trace: RoutingTrace | None, once: bool) -> _Maker:
+    def of(cls, model: nn.Module, inputs: Inputs, topology: Topology, trace: RoutingTrace | None) -> Maker:
         """Capture and price a whole model."""
         paths = tuple(f"{name}.{stack_of(layer).path}" for name, layer in routed_layers(model).items())
         graph = capture(model, inputs)
         price_graph(graph, topology)
         rows = tuple(int(region.experts.meta["val"].numel()) for region in find_regions(graph, paths))
-        return cls(graph, paths, rows, topology, ModelDims.of(model), trace, once)
+        return cls(graph, paths, rows, topology, ModelDims.of(model), trace)
 
-    def best(self, model: nn.Module, whole: Placement, layout: Placement, degrees: Sequence[int]) -> Scheduled:
+    def best(
+        self, model: nn.Module, whole: Placement, layout: Placement, plan: Plan, degrees: Sequence[int]
+    ) -> Scheduled:
         """Return the graph of one layout with the number of chunks that is fastest on the clock."""
         costs = self._costs(whole, layout)
-        made = [self._written(model, layout, costs, r) for r in degrees]
+        made = [self._written(model, layout, costs, replace(plan, chunks=r)) for r in degrees]
         least = min(one.timeline.total_s for one in made)
         return next(one for one in made if one.timeline.total_s <= least * (1 + 1e-12))
 
-    def _written(self, model: nn.Module, layout: Placement, costs: list[LayerCost], chunks: int) -> Scheduled:
+    def _written(self, model: nn.Module, layout: Placement, costs: list[LayerCost], plan: Plan) -> Scheduled:
         layers, graph = list(parallel_layers(model).values()), self.graph.copy()
         rosters = [Roster.of(layout, i) for i in range(len(layers))]
         rank = Rank(layers[0].rank, layers[0].group)
@@ -199,10 +271,10 @@ class _Maker:
             path: CopiedWeights.of(layer, roster)
             for path, layer, roster in zip(self.paths, layers, rosters, strict=True)
         }
-        divide_experts(graph, self.paths, rosters, rank, Plan(chunks, self.once), costs, senders)
+        divide_experts(graph, self.paths, rosters, rank, plan, costs, senders)
         before = simulate(tasks_of(graph), len(self.topology))
         tasks = order_graph(graph)
-        return Scheduled(graph, tuple(tasks), chunks, before, simulate(tasks, len(self.topology)))
+        return Scheduled(graph, tuple(tasks), plan.chunks, before, simulate(tasks, len(self.topology)))
 
     def _costs(self, whole: Placement, layout: Placement) -> list[LayerCost]:
         """Return the costs of a layout at the middle of the noise levels that it serves."""

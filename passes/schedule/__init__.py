@@ -3,10 +3,11 @@
 ``task`` the steps of a schedule, ``cost`` what a placement makes each of them cost, ``build`` the schedule of a model,
 ``order`` which task is issued when, ``simulate`` the clock, ``lint`` what must hold before anything runs. Graphs:
 ``mark`` what a node does and costs, ``price`` what captured nodes cost, ``graph_tasks`` a graph on the clock and in its
-best order, ``graph_lint`` what must hold of it.
+best order, ``graph_lint`` what must hold of it; ``capacity`` how many rows may go to each device at once.
 """
 
 from moefx.passes.schedule.build import step_schedule
+from moefx.passes.schedule.capacity import CapacityTable, capacity_table, changed_table
 from moefx.passes.schedule.cost import Exchange, LayerCost, layer_costs
 from moefx.passes.schedule.graph_lint import inexact, lint_graph
 from moefx.passes.schedule.graph_tasks import order_graph, tasks_of
@@ -20,6 +21,7 @@ __all__ = [
     "COMM",
     "COMPUTE",
     "COPY",
+    "CapacityTable",
     "Exchange",
     "LayerCost",
     "Mark",
@@ -27,6 +29,8 @@ __all__ = [
     "Task",
     "Timeline",
     "best_degree",
+    "capacity_table",
+    "changed_table",
     "critical_path",
     "in_best_order",
     "inexact",
