@@ -133,14 +133,14 @@ def check_compiles(model: nn.Module, name: str, *, layer: Callable[[str], bool] 
                 assert error(compiled(*args), module(*args)) < 1e-5
 
 
-def check_saves(model: nn.Module, name: str, folder: Path) -> None:
-    """A saved model comes back with the same state and the same outputs."""
+def check_saves(model: nn.Module, name: str, folder: Path, bound: float = 0.0) -> None:
+    """A saved model comes back with the same state and the same outputs (loaded weights may be aligned otherwise)."""
     moefx.save(model, folder / "model")
     again = moefx.load(folder / "model")
     mine, theirs = model.state_dict(), again.state_dict()
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[key], theirs[key]) for key in mine)
-    assert error(call(again, inputs(name)), call(model, inputs(name))) == 0
+    assert error(call(again, inputs(name)), call(model, inputs(name))) <= bound
 
 
 def check_batch_invariant(model: nn.Module, name: str) -> None:

@@ -23,6 +23,7 @@ from moefx.errors import GuardError, InputError, NothingMatched, nearest
 from moefx.graph import Graph, trace
 from moefx.graph.signature import CallSpec, Inputs
 from moefx.model.handle import handle_of
+from moefx.model.sides import model_of, switch_of, variants_by_side
 from moefx.model.slice_heads import CannotSlice, slice_heads
 from moefx.passes.analysis import Facts, analyse
 from moefx.passes.analysis.conditioning import TIMESTEP
@@ -161,6 +162,8 @@ def specialise(
     if not isinstance(model, nn.Module) or model.training:
         found = "training mode" if isinstance(model, nn.Module) else f"a {type(model).__name__}"
         raise InputError("specialise a model", found=found, do="pass a transformed model, after model.eval()")
+    if switch_of(model) is not None:
+        return _specialise_sides(model, times, inputs, fixed)
     graph = trace(model, inputs)
     facts = analyse(graph)
     assert graph.call_spec is not None
@@ -189,6 +192,16 @@ def specialise(
             variants.append(cutter.cut(_with_parts(model, parts), parts, choices))
         variant_of[time] = chosen[key]
     return Specialised(model, variants, variant_of, left | cutter.left, source.name, promise)
+
+
+def _specialise_sides(model: nn.Module, times: Sequence[float], inputs: Inputs, fixed: Sequence[str]) -> Specialised:
+    """Specialise two whole models behind a boundary: a call runs its timestep's one."""
+    found = switch_of(model)
+    assert found is not None
+    graph = trace(model_of(model, "high"), inputs)
+    assert graph.call_spec is not None
+    made = variants_by_side(model, times, lambda expert, mine: specialise(expert, mine, inputs, fixed=fixed))
+    return Specialised(model, *made, found[1].argument, _Promise(graph.call_spec, fixed))
 
 
 class _Cutter:

@@ -35,7 +35,7 @@ def given(model: nn.Module, **values: Tensor) -> Iterator[list[str]]:
     before = {name: module.given for name, module in readers.items()}
     try:
         for module in readers.values():
-            wanted = {key: value for key, value in values.items() if key in module.takes}  # type: ignore[operator]
+            wanted = {key: value for key, value in values.items() if key in module.takes}
             module.given = {**module.given, **wanted}
         yield list(readers)
     finally:

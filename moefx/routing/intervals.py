@@ -9,6 +9,7 @@ Legend: T timesteps, N intervals.
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_right
 from collections.abc import Sequence
 
@@ -111,6 +112,35 @@ def interval_cost(cost: Values, starts: Sequence[int]) -> float:
     ends = [*starts[1:], len(v)]
     spans = [(left, right - 1) for left, right in zip(starts, ends, strict=True)]
     return float(sum(np.abs(v[left : right + 1] - v[(left + right + 1) // 2]).sum() for left, right in spans))
+
+
+@functools.cache
+def schedule_bounds(count: int, cut: str, schedule: str, steps: float = 1000.0) -> tuple[float, ...]:
+    """Return the inner boundaries of ``count`` intervals of the timesteps [0, steps), cut by a noise schedule.
+
+    Args:
+        count: N.
+        cut: ``log-snr``, equal parts of the log-SNR, or ``clusters``, ANT's least distance to a centre in log-SNR.
+        schedule: ``linear`` (β from 0.0001 to 0.02) or ``scaled-linear`` (√β from √0.00085 to √0.012), each in 1000
+            steps, or ``flow`` (σ = t / steps, as the model receives it, after any shift).
+        steps: in the units that the model receives.
+
+    Raises:
+        OptionError: no such cut or schedule.
+    """
+    total = 1000
+    if schedule == "flow":
+        log_snr = log_snr_of_sigmas([(i + 0.5) / total for i in range(total)])
+    elif schedule in ("linear", "scaled-linear"):
+        linear = schedule == "linear"
+        betas = np.linspace(1e-4, 0.02, total) if linear else np.linspace(0.00085**0.5, 0.012**0.5, total) ** 2
+        log_snr = log_snr_of_alphas([float(kept) for kept in np.cumprod(1 - betas)])
+    else:
+        raise OptionError(f"cut {schedule!r}", found="no such noise schedule", do="use linear, scaled-linear or flow")
+    if cut not in ("log-snr", "clusters"):
+        raise OptionError(f"cut timesteps by {cut!r}", found="no such cut", do="use log-snr or clusters")
+    starts = snr_intervals(log_snr, count) if cut == "log-snr" else clustered_intervals(log_snr, count)
+    return tuple(start * steps / total for start in starts[1:])
 
 
 def interval_of(starts: Sequence[int], timestep: float) -> int:

@@ -3,8 +3,8 @@
 `Router` puts a vector together from the token and taps and hands it to a scorer; `LinearRouter` is the same for the
 usual case, without building the concatenation. A scorer maps ``[..., D_r]`` to logits ``[..., N]`` and computes in
 float32 (float64 stays). Scorers: `LinearScorer`, `MLPScorer`, `CosineScorer`, `NormScorer` (no parameters),
-`RandomScorer`; `TableRouter` is a router by itself, since it reads timesteps only; `moefx.routing.recurrent` has those
-with memory.
+`RandomScorer`; `TableRouter` is a router by itself, since it reads timesteps only, and so is `NoRouter`, which reads
+nothing; `moefx.routing.recurrent` has those with memory.
 
 Legend: B samples, T tokens, S text tokens, D width, D_r width of what is read, N experts (or tied groups).
 """
@@ -239,6 +239,21 @@ class TableRouter(KeepFloat32):
     def extra_repr(self) -> str:
         """Describe the router in ``print(model)``."""
         return f"entries={self.entries}, num_experts={self.num_experts}"
+
+
+class NoRouter(KeepFloat32):
+    """Logits of zero, one row per sample: for selectors by rule whose gates are 1, such as intervals of timesteps."""
+
+    taps = reads = ()
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return zeros ``[B, 1, ..., N]``."""
+        shape = (x.shape[0], *[1] * (x.ndim - 2), self.num_experts)
+        return torch.zeros(shape, dtype=at_least_float32(x), device=x.device)
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from moefx.graph.origin import origin_of
 if TYPE_CHECKING:
     from moefx.graph import Graph
 
-Kind = Literal["ffn", "attention", "block"]
+Kind = Literal["ffn", "attention", "block", "model"]
 Role = Literal["main", "context", "refiner", "side", "conditioning"]
 Index = slice | tuple[int, ...] | None
 
@@ -67,7 +67,7 @@ class Site:
     """One place of a graph that a rewrite can act on.
 
     Attributes:
-        kind: ``"ffn"``, ``"attention"`` or ``"block"``.
+        kind: ``"ffn"``, ``"attention"`` or ``"block"``; passes over the whole model speak of ``"model"``.
         name: unique; the module path, with ``#i`` for the i-th call of that module and ``:ffn`` or ``:attn`` where the
             region is only a part of the module.
         path: the smallest module whose invocation contains the region; ``call_index`` counts its invocations.

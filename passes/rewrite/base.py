@@ -60,6 +60,8 @@ class Context:
 
     ``graph`` is the local graph and ``site`` the site in it; ``whole`` says that the captured module is the site, so
     that a replacement module is enough. ``name`` is the site's name in the whole model, ``taps`` the values asked for.
+    Where a pass carries state, the site is number ``layer`` of those that hand it on, and ``common`` is one dict for
+    all of them: what a pass puts there, such as a recurrent cell, they share.
     """
 
     graph: Graph
@@ -68,6 +70,8 @@ class Context:
     taps: Mapping[str, Node]
     seed: int
     whole: bool
+    layer: int = 0
+    common: dict[str, Any] = field(default_factory=dict)
 
     def generator(self, purpose: str) -> torch.Generator:
         """Return a generator that depends on the seed, the site's name and ``purpose`` only."""
@@ -167,6 +171,18 @@ class Pass(ABC):
     def accepts(self, tap: str, value: torch.Tensor) -> bool:
         """Return whether ``value`` will do for ``tap``; if not, a module further out is searched for a better one."""
         return True
+
+    @property
+    def state_width(self) -> int:
+        """The width of the state that each replacement takes from the one before as its last argument; 0 for none.
+
+        It returns ``(y, state)``; the first one gets None.
+        """
+        return 0
+
+    def state_costs(self, site: Site, layer: int, tap_width: int = 0) -> tuple[int, int]:
+        """Return the parameters and multiply-adds per token that carrying state adds to `costs`."""
+        return 0, 0
 
     def fitted(self, facts: Facts) -> Self:
         """Return this pass with the options that depend on the traced model filled in; they are part of the plan."""
@@ -279,6 +295,23 @@ class CallPass(Pass):
     @abstractmethod
     def around(self, module: nn.Module) -> nn.Module:
         """Return the child for ``module``; its forward maps ``() -> output`` to an output."""
+
+
+class ModelPass(CallPass):
+    """A `CallPass` around the whole model, whose one site is the model itself.
+
+    The child gets what the forward was and the arguments: it maps ``(forward, args, kwargs)`` to an output.
+    """
+
+    site_kind: ClassVar[Kind] = "model"
+
+    def refusal(self, site: Site) -> str:
+        """Refuse nothing: a model is no site of the analyses."""
+        return ""
+
+    def costs(self, site: Site, tap_width: int = 0) -> Costs:
+        """Return nothing: what a copy of the model costs is counted in planning."""
+        return Costs(0, 0, 0, 0)
 
 
 def _generator(seed: int, name: str, purpose: str) -> torch.Generator:
