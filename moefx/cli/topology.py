@@ -81,10 +81,14 @@ def _text(found: Topology, measured: Measurement | None, *, as_json: bool) -> st
         return json_module.dumps(found.to_dict(), indent=1, allow_nan=False) + "\n"
     parts: list[Any] = []
     if measured is not None:
-        rate = "unlimited" if measured.beta_s_per_byte == 0 else f"{1e-9 / measured.beta_s_per_byte:.3g} GB/s"
+        apart = measured.beta_s_per_byte[measured.beta_s_per_byte > 0]
+        rates = (
+            sorted({f"{1e-9 / float(beta):.3g}" for beta in (apart.max(), apart.min())}) if apart.size else ["no end"]
+        )
+        others = ", ".join(f"{name} {error:.0%}" for name, error in measured.errors.items())
         parts.append(
-            f"measured: {measured.model}, {measured.alpha_s * 1e6:.0f} µs + bytes at {rate}; mean error "
-            f"{measured.error:.0%} over {measured.matrices} exchanges, {measured.other_error:.0%} for the other model"
+            f"measured: {measured.model}, {measured.alpha_s * 1e6:.0f} µs + bytes at {' to '.join(rates)} GB/s; "
+            f"{measured.matrices} exchanges; mean error of each model where it was not fitted: {others}"
         )
     parts.append(_devices(found))
     parts.append(_links(found))

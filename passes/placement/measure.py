@@ -1,8 +1,8 @@
 """Measure a running job: what a byte costs between its ranks, and how fast each computes.
 
-Random matrices of counts are exchanged, with hot spots among them, and two models of the time are fitted by least
-squares: one bus that carries all bytes, as loopback does, and one way in and one way out per rank, as behind a switch.
-The one with the smaller error becomes the topology. Each time is the least of several repeats, of the slowest rank.
+Random matrices of counts are exchanged, with hot spots among them, and models of the time are fitted by least squares,
+from one price for all bytes to one for each link; see :mod:`moefx.passes.placement.link_fit`. The one that predicts
+best becomes the topology. Each time is the least of several repeats, of the slowest rank.
 
 Legend: M matrices, G ranks.
 """
@@ -17,15 +17,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 
 from moefx.errors import InputError
+from moefx.passes.placement.link_fit import LinkFit, fit_links
 from moefx.passes.placement.topology import Topology
 
 Array = NDArray[np.float64]
 
 _LARGEST_BYTES = 4 * 2**20
 _MATRIX = 512
+_FEWEST, _MOST = 40, 200
 
 
 @dataclass(frozen=True)
@@ -34,25 +35,30 @@ class Measurement:
 
     Args:
         topology: of the better model.
-        model: ``bus`` or ``switch``.
+        model: ``bus``, ``switch``, ``ways`` or ``links``.
         alpha_s: fitted latency of one exchange.
-        beta_s_per_byte: fitted price of a byte.
-        error: mean relative error of the better model.
-        other_error: of the other.
+        beta_s_per_byte: fitted price of a byte between each pair of ranks, ``[G, G]``.
+        error: mean relative error of the model, on exchanges it was not fitted to.
+        errors: of all models, by name.
         matrices: how many were exchanged.
     """
 
     topology: Topology
     model: str
     alpha_s: float
-    beta_s_per_byte: float
+    beta_s_per_byte: Array
     error: float
-    other_error: float
+    errors: dict[str, float]
     matrices: int
 
 
-def measure(*, matrices: int = 24, repeats: int = 5, seed: int = 0) -> Measurement:
+def measure(*, matrices: int | None = None, repeats: int = 5, seed: int = 0) -> Measurement:
     """Measure the ranks of the job; every rank calls it and gets the same answer.
+
+    Args:
+        matrices: how many exchanges; by default 40, or three for each link if that is more, up to 200.
+        repeats: of each.
+        seed: of the bytes that are exchanged.
 
     Raises:
         InputError: ``torch.distributed`` is not running, or there is one rank only.
@@ -62,7 +68,9 @@ def measure(*, matrices: int = 24, repeats: int = 5, seed: int = 0) -> Measureme
         do = "start at least two: torchrun --no-python --nproc-per-node 2 moefx topology --measure"
         raise InputError("measure the links of a job", found=found, do=do)
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    sent = list(random_counts(dist.get_world_size(), matrices, np.random.default_rng(seed)))
+    ranks = dist.get_world_size()
+    count = min(max(_FEWEST, 3 * ranks * (ranks - 1)), _MOST) if matrices is None else matrices
+    sent = list(random_counts(ranks, count, np.random.default_rng(seed)))
     seconds_M = np.array([_exchange_seconds(bytes_GG, repeats, device) for bytes_GG in sent])
     rate = _flops_per_s(repeats, device)
     rates = [torch.zeros_like(rate) for _ in range(dist.get_world_size())]
@@ -84,38 +92,42 @@ def random_counts(ranks: int, matrices: int, draws: np.random.Generator) -> list
 
 
 def fit(bytes_MGG: Array, seconds_M: Array, flops_per_s: list[float]) -> Measurement:
-    """Return the better of both models of the time of exchanges."""
-    total_M = bytes_MGG.sum(axis=(1, 2))
-    busiest_M = np.maximum(bytes_MGG.sum(axis=1).max(axis=1), bytes_MGG.sum(axis=2).max(axis=1))
-    fits = {name: _fit(work_M, seconds_M) for name, work_M in (("bus", total_M), ("switch", busiest_M))}
-    model, other = sorted(fits, key=lambda name: fits[name][2])
-    alpha, beta, error = fits[model]
-    topology = _topology(model, alpha, beta, flops_per_s)
-    return Measurement(topology, model, alpha, beta, error, fits[other][2], len(seconds_M))
+    """Return the model of the time of exchanges that predicts best, as a topology."""
+    best, *others = fit_links(bytes_MGG, seconds_M)
+    errors = {found.model: found.error for found in (best, *others)}
+    topology = _topology(best, flops_per_s)
+    return Measurement(topology, best.model, best.alpha_s, best.link_s_per_byte, best.error, errors, len(seconds_M))
 
 
-def _fit(work_M: Array, seconds_M: Array) -> tuple[float, float, float]:
-    """Return latency, price of a byte (neither negative) and mean relative error; errors count relative to the time."""
-    (alpha, beta), _ = nnls(np.stack([np.ones_like(work_M), work_M], axis=1) / seconds_M[:, None], np.ones_like(work_M))
-    error = np.abs((alpha + beta * work_M) / seconds_M - 1).mean()
-    return float(alpha), float(beta), float(error)
-
-
-def _topology(model: str, alpha: float, beta: float, flops_per_s: list[float]) -> Topology:
+def _topology(found: LinkFit, flops_per_s: list[float]) -> Topology:
     fastest = max(flops_per_s)
     names = [f"rank{i}" for i in range(len(flops_per_s))]
     devices: list[dict[str, Any]] = [
         {"name": name, "flops_per_s": rate, "speed": rate / fastest}
         for name, rate in zip(names, flops_per_s, strict=True)
     ]
-    if model == "bus":
-        price = {"alpha_s": alpha, "beta_s_per_byte": beta, "resource": "bus"}
-        links = [{"from": a, "to": b, **price} for a in names for b in names if a != b]
+    if found.model in ("bus", "links"):
+        links = [
+            {
+                "from": a,
+                "to": b,
+                "alpha_s": found.alpha_s,
+                "beta_s_per_byte": float(found.link_s_per_byte[i, j]),
+                "resource": "bus",
+            }
+            for i, a in enumerate(names)
+            for j, b in enumerate(names)
+            if i != j
+        ]
     else:
         # A row crosses two links in turn; the busier of all decides, so each has the whole price.
         devices.append({"name": "switch", "kind": "switch"})
-        price = {"alpha_s": alpha / 2, "beta_s_per_byte": beta}
-        links = [{"from": a, "to": b, **price} for name in names for a, b in ((name, "switch"), ("switch", name))]
+        half = {"alpha_s": found.alpha_s / 2}
+        links = [
+            {"from": a, "to": b, **half, "beta_s_per_byte": float(price)}
+            for i, name in enumerate(names)
+            for a, b, price in ((name, "switch", found.out_s_per_byte[i]), ("switch", name, found.in_s_per_byte[i]))
+        ]
     return Topology.from_dict({"devices": devices, "links": links})
 
 

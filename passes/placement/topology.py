@@ -3,7 +3,8 @@
 A topology is a directed networkx graph. A node of kind ``device`` computes and holds weights; one of kind ``memory`` is
 a slower tier from which the devices linked to it can stream weights (host memory, a disk); any other only forwards (a
 switch, a host bridge). A link costs ``alpha_s + bytes * beta_s_per_byte``; links with the same ``resource`` share one
-bandwidth, so their bytes add up. Routes are fixed shortest paths by ``beta``, never through a memory.
+bandwidth, so their bytes add up. Routes are fixed: the direct link, or else the shortest path by ``beta``, and never
+through a memory.
 
 Legend: G devices.
 """
@@ -292,6 +293,8 @@ class Topology:
     def _paths(self, source: int) -> dict[str, list[str]]:
         if source not in self._known_paths:
             found = nx.single_source_dijkstra_path(self._between, self.devices[source], weight="beta_s_per_byte")
+            name = self.devices[source]
+            found |= {other: [name, other] for other in self._between.successors(name)}
             self._known_paths[source] = found
         return self._known_paths[source]
 
