@@ -15,6 +15,8 @@ from moefx.errors import PlanError
 from moefx.graph.graph import Graph
 from moefx.graph.origin import Origin, origin_of, show_source
 
+# Operators that end in an underscore because the word is a keyword.
+_KEYWORDS = frozenset({"and_", "or_", "not_", "is_"})
 _INPLACE_FUNCTIONS = frozenset({"setitem", "iadd", "isub", "imul", "itruediv"})
 
 
@@ -102,7 +104,7 @@ def is_inplace(node: Node) -> bool:
     if node.op != "call_function":
         return False
     name = getattr(node.target, "__name__", "")
-    return name in _INPLACE_FUNCTIONS or (name.endswith("_") and not name.endswith("__"))
+    return name in _INPLACE_FUNCTIONS or (name.endswith("_") and not name.endswith("__") and name not in _KEYWORDS)
 
 
 def _computes(node: Node) -> bool:
