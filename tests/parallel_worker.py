@@ -22,6 +22,7 @@ from tests import parallel_guidance as guidance
 from tests import parallel_kinds as kinds
 from tests import parallel_layouts as layouts
 from tests import parallel_meshes as meshes
+from tests import parallel_refusals as refusals
 from tests import parallel_tiers as tiers
 from tests import parallel_travel as travel
 from tests.placement_worker import Numbers
@@ -48,6 +49,7 @@ GROUPS: dict[str, tuple[Callable[..., Numbers], ...]] = {
         floating.parts_that_mix_tokens_are_refused,
     ),
     "tiers": (tiers.small_devices_stream, tiers.too_little_memory_is_refused),
+    "bad": (refusals.bad_input_is_an_error_on_every_rank,),
     "kinds": (kinds.every_kind, kinds.foreign_experts_are_named),
     "flux": (denoisers.flux,),
     "four": (meshes.a_mesh_refuses_as_one, meshes.experts_times_data, meshes.under_ddp, meshes.under_fsdp),

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 120
-EQUAL = 1e-10
+EQUAL, SINGLE = 1e-10, 1e-5
 FLOATING = {"tokens_float", "bytes_equal_the_prediction", "parts_that_mix_tokens_are_refused"}
 pytestmark = pytest.mark.slow
 
@@ -37,7 +37,8 @@ def check(results: dict[str, dict[str, Any]], names: set[str]) -> None:
     assert results.keys() == names
     for name, numbers in results.items():
         assert numbers, f"{name} measured nothing"
-        assert all(value <= EQUAL for value in numbers.values()), (name, numbers)
+        wrong = {key: value for key, value in numbers.items() if not value <= (SINGLE if "float32" in key else EQUAL)}
+        assert not wrong, (name, wrong)
 
 
 def test_copies_windows_and_bytes_on_two_processes(tmp_path: Path) -> None:
@@ -67,6 +68,10 @@ def test_tokens_that_float_on_two_processes(tmp_path: Path) -> None:
 
 def test_small_devices_on_two_processes(tmp_path: Path) -> None:
     check(job("tiers", tmp_path, 2), {"small_devices_stream", "too_little_memory_is_refused"})
+
+
+def test_bad_input_on_two_processes(tmp_path: Path) -> None:
+    check(job("bad", tmp_path, 2), {"bad_input_is_an_error_on_every_rank"})
 
 
 def test_denoisers_on_two_processes_equal_one(tmp_path: Path) -> None:

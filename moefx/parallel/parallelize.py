@@ -6,7 +6,8 @@ Legend: L routed layers, G ranks.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -35,7 +36,7 @@ _NO_DIGEST = bytes(32)
 def parallelize(
     model: Model,
     mesh: DeviceMesh | None,
-    placement: Placement,
+    placement: Placement | str | os.PathLike[str] | Callable[[], Placement],
     *,
     chunks: int = 1,
     once: bool = False,
@@ -62,7 +63,8 @@ def parallelize(
         mesh: rank i is device i of the placement; None for all processes of the job. A mesh of several dimensions, one
             of them named ``"expert"``, divides the experts along that one and repeats them along the others, such as
             ``"data"`` and ``"cfg"``; see :func:`split_guidance`.
-        placement: where the experts live.
+        placement: where the experts live: a plan, the file of one, or a function that makes one. What goes wrong while
+            one rank reads or makes it is an error on all.
         chunks: parts of the tokens, of which one travels while another is computed; ``best_degree`` of
             :mod:`moefx.passes.schedule` finds how many.
         once: send a token to each rank at most once, however many of its experts live there.
@@ -88,6 +90,7 @@ def parallelize(
     tiers: Tiers | None = None
     facts = {"the placements": _NO_DIGEST, "the models' parameters": _NO_DIGEST, "the models' weights": _NO_DIGEST}
     try:
+        placement = _made(placement)
         _check(model, group, placement, asked)
         _check_options(chunks, once, overlap_shared, asked)
         for name in floating:
@@ -103,6 +106,7 @@ def parallelize(
         )
         facts = dict(zip(facts, (plan, structure_digest(model), weights), strict=True))
     _agree_everywhere(asked, facts, problem, [group, data])
+    assert isinstance(placement, Placement)
     # A group of its own: collectives of data parallelism must not slip in between those of a layer.
     own = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
     rank, layout = dist.get_rank(own), placement.layouts[0]
@@ -120,6 +124,12 @@ def parallelize(
     model.__dict__[DATA_GROUP] = None if data is None else data.group_name
     _leave_to_us(model)
     return model
+
+
+def _made(placement: Any) -> Any:
+    if isinstance(placement, str | os.PathLike):
+        return Placement.open(Path(placement))
+    return placement() if callable(placement) else placement
 
 
 def _agree_everywhere(
