@@ -10,9 +10,9 @@ HERE = Path(__file__).parent
 
 @pytest.fixture
 def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
-    """Set up a folder with this suite's conftest and one test that owns one golden file."""
+    """Set up a folder with this suite's golden fixture and one test that owns one golden file."""
     monkeypatch.delenv("CI", raising=False)
-    shutil.copy(HERE / "conftest.py", pytester.path)
+    shutil.copy(HERE / "golden_files.py", pytester.path / "conftest.py")
     pytester.makepyfile(
         test_dump="""
         def test_dump(golden):
