@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+import moefx
 from examples.dit import DiT
+from moefx.graph.inputs import synthesise
+from moefx.inspect.dump import STAGES
 
 
 def dit() -> nn.Module:
@@ -25,6 +28,21 @@ def dit_inputs(model: nn.Module) -> tuple[Any, ...]:
 def dit_with_inputs() -> tuple[nn.Module, tuple[Any, ...]]:
     """The same, with inputs."""
     return dit(), dit_inputs(nn.Identity())
+
+
+def every_dump() -> str:
+    """Return what ``moefx.dump`` writes about ``dit``, in every stage and format."""
+    torch.manual_seed(0)
+    model = dit()
+    inputs = dit_inputs(model)
+    return "".join(
+        moefx.dump(model, inputs, stage=stage, format=kind) for stage, formats in STAGES.items() for kind in formats
+    )
+
+
+def batches(model: nn.Module) -> dict[str, list[Any]]:
+    """Return inputs of a tiny DiT by guidance branch."""
+    return {name: [synthesise(model, seed=i)] for i, name in enumerate(("conditional", "unconditional"))}
 
 
 def plain() -> tuple[nn.Module, tuple[torch.Tensor]]:
