@@ -20,14 +20,25 @@ from examples.dit import DiT
 from moefx import zoo
 from moefx.errors import PlanError
 from moefx.graph.signature import Inputs
-from moefx.parallel import average_gradients, count_wire_bytes, gather_experts, parallel_layers, schedule, switch
+from moefx.model.specialise import specialise
+from moefx.parallel import (
+    Program,
+    approximate,
+    average_gradients,
+    count_wire_bytes,
+    gather_experts,
+    parallel_layers,
+    schedule,
+    schedule_specialised,
+    switch,
+)
 from moefx.passes.placement import ModelDims, Placement, Topology, TraceCollector, Window, place
-from moefx.passes.schedule import CapacityTable, order_digest
-from moefx.routing import DenseFFN, random_weights
+from moefx.passes.schedule import CapacityTable, inexact, order_digest
+from moefx.routing import DenseFFN, Experts, LinearRouter, RoutedFFN, random_weights
 from tests.parallel_copies import with_copies
 from tests.parallel_denoisers import dit_inputs, flux_inputs, routed
 from tests.parallel_training import HOMES, OTHERS
-from tests.placement_worker import WIDTH, Net, Numbers, error, placement, shards
+from tests.placement_worker import EXPERTS, WIDTH, Net, Numbers, error, placement, shards
 
 EXAMPLE = torch.zeros(1, 16, WIDTH, dtype=torch.float64)
 
@@ -261,6 +272,102 @@ def steps_go_on_from_steps() -> Numbers:
     return found
 
 
+def approximate_steps_keep_to_their_tolerance() -> Numbers:
+    """The measured error is that of steps computed by hand on one process; above the tolerance all ranks refuse."""
+    found: Numbers = {}
+    steps, wanted = drifting(4, 0.02), {"frozen": 0.0, "stale": 0.0}
+    whole, pasts = Net(torch.float64), dict[str, list[Any]]()
+    with torch.no_grad():
+        for step, x in enumerate(steps):
+            for kind in wanted:
+                out, pasts[kind] = by_hand(whole, x, kind, pasts.get(kind) if step else None)
+                wanted[kind] = max(wanted[kind], error(out, whole(x)))
+    for kind, by in wanted.items():
+        everyone: list[float] = [0.0] * dist.get_world_size()
+        dist.all_gather_object(everyone, by)
+        program = schedule(Net(torch.float64), None, placement(*HOMES), (EXAMPLE,))
+        runs = [[(x,) for x in steps]]
+        try:
+            approximate(program, kind, tolerance=max(everyone) / 2, runs=runs)
+            found[f"{kind} allowed"] = 1.0
+        except PlanError as refused:
+            found[f"{kind} not named"] = float(f"{max(everyone):.3g}" not in str(refused))
+        found[f"{kind} exact after"] = error(program(steps[1]), whole(steps[1]))
+        approximate(program, kind, tolerance=2 * max(everyone), runs=runs)
+        found[f"{kind} measured"] = abs(program.measured - max(everyone)) / max(everyone)
+        found[f"{kind} zero"] = float(not program.measured > 1e-6)
+        with torch.no_grad():
+            program(steps[0])
+            program(steps[1])
+            names = {node.target for node in program.variants[0, kind].graph.nodes}
+        found[f"{kind} listed"] = float(not inexact(program.variants[0, kind].graph))
+        found[f"{kind} router"] = float((kind == "frozen") == ("ffns.0.router.weight" in names))
+        try:
+            program(steps[2])
+            found[f"{kind} trained"] = 1.0
+        except PlanError as refused:
+            found[f"{kind} gradients"] = float("no_grad" not in str(refused))
+    return found
+
+
+def by_hand(net: Net, x: Tensor, kind: str, past: list[Any] | None) -> tuple[Tensor, list[Any]]:
+    """Return one step of ``net`` with the choice, or the experts' result, of a step in the past."""
+    x, kept = net.embed(x), []
+    for i, ffn in enumerate(net.ffns):
+        flat, routing = x.reshape(-1, WIDTH), ffn.route(x)
+        frozen = past is not None and kind == "frozen"
+        ids, gates = past[i] if frozen else (routing.experts, routing.gates)  # type: ignore[index]
+        y = ffn.experts(flat, ids, gates)
+        kept.append((ids, gates) if kind == "frozen" else y)
+        x = x + (past[i] if past is not None and kind == "stale" else y).view_as(x)
+    return x, kept
+
+
+class TwoKinds(nn.Module):
+    """A routed FFN that the timestep decides, and one that the tokens decide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        draws = torch.Generator().manual_seed(0)
+        by_time = LinearRouter(0, EXPERTS, tap_dim=16, embed_timestep=True)
+        with torch.no_grad():
+            by_time.tap_weight.copy_(torch.randn(EXPERTS, 16, generator=draws))
+        routers = by_time, LinearRouter(WIDTH, EXPERTS, std=0.5, generator=draws)
+        self.ffns = nn.ModuleList(
+            RoutedFFN(r, Experts(random_weights(WIDTH, 20, num_experts=EXPERTS, generator=draws), nn.functional.gelu))
+            for r in routers
+        )
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        x = x + self.ffns[0](x, timestep)
+        return x + self.ffns[1](x)
+
+
+def layers_that_the_timestep_decides() -> Numbers:
+    """They are dense in every variant: half of the exchanges are gone; other timesteps run the divided model."""
+    rank, ranks, whole = dist.get_rank(), dist.get_world_size(), TwoKinds().double().eval()
+    times, example = [900.0, 500.0, 100.0], (torch.zeros(2, 9, WIDTH, dtype=torch.float64), torch.full((2,), 900.0))
+    special = specialise(copy.deepcopy(whole), times, example)
+    schedule_specialised(special, None, placement(*HOMES), example, chunks=1)
+    x, worst, sent = shards([9, 9], torch.float64)[rank].expand(2, 9, WIDTH).contiguous(), 0.0, {}
+    with torch.no_grad():
+        for time in (*times, 321.0):
+            t = torch.full((2,), time)
+            with count_wire_bytes(ranks) as sent[time]:
+                out = special(x, t)
+            worst = max(worst, error(out, whole(x, t)))
+    other, rows = 1 - rank, sum(isinstance(m, Program) for m in special.variants)
+    fewer = all(int(sent[time][other]) < int(sent[321.0][other]) for time in times)
+    exchanges = [sum(t.collective for t in one.current.tasks) for one in special.variants]
+    return {
+        "output": worst,
+        "fallbacks": float(special.fallbacks != 1),
+        "programs": float(rows != len(special.variants)),
+        "not fewer bytes": float(not fewer),
+        "exchanges": float(any(count != 3 for count in exchanges)),
+    }
+
+
 SCENARIOS: tuple[Callable[[], Numbers], ...] = (
     ways_of_tokens,
     shared_experts_move_behind_exchanges,
@@ -271,6 +378,8 @@ SCENARIOS: tuple[Callable[[], Numbers], ...] = (
     fixed_sizes,
     bytes_of_fixed_sizes,
     steps_go_on_from_steps,
+    approximate_steps_keep_to_their_tolerance,
+    layers_that_the_timestep_decides,
 )
 
 

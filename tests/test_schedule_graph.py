@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from moefx.errors import PlanError
 from moefx.graph import Graph
+from moefx.graph.splice import is_inplace
 from moefx.parallel.lower import divide_experts
 from moefx.parallel.program import capture
 from moefx.parallel.regions import find_regions
@@ -90,6 +91,7 @@ def test_the_clock_shortens_the_step_and_keeps_every_node() -> None:
     # In-place statistics of a layer still follow what they are made of, and each other.
     records = [n for n in graph.nodes if n.target in ("copy_", "add_")]
     assert len(records) == 8
+    assert {n.target for n in graph.nodes if is_inplace(n)} == {"copy_", "add_"}  # not the operator and_
     wire = sum(m.wire_bytes for n in graph.nodes if (m := mark_of(n)))
     assert wire == pytest.approx(2 * 2 * 64 / 2 * WIDTH * 8)  # there and back, two layers, half of the rows move
 

@@ -10,8 +10,10 @@ As a graph: ``program`` the entry (:func:`schedule`), ``regions`` where a captur
 stands there on one rank, ``steps`` what its nodes call.
 """
 
+from moefx.parallel.approximate import approximate
 from moefx.parallel.exchange import LostRankError, count_wire_bytes
 from moefx.parallel.experts import ParallelExperts
+from moefx.parallel.folded import schedule_specialised
 from moefx.parallel.guidance import GuidanceSplit, split_guidance
 from moefx.parallel.parallelize import expert_parameters, parallel_layers, parallelize
 from moefx.parallel.program import Program, schedule
@@ -26,6 +28,7 @@ __all__ = [
     "ParallelExperts",
     "Program",
     "Roster",
+    "approximate",
     "average_expert_gradients",
     "average_gradients",
     "count_wire_bytes",
@@ -37,6 +40,7 @@ __all__ = [
     "parallelize",
     "save_shards",
     "schedule",
+    "schedule_specialised",
     "split_guidance",
     "switch",
 ]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -37,7 +38,7 @@ from moefx.passes.schedule.price import price_graph, region_costs
 from moefx.routing.experts import Experts
 
 DEGREES = (1, 2, 3, 4, 6, 8)
-_EXACT, _FIRST = "exact", "first"
+EXACT, FIRST = "exact", "first"
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +83,17 @@ class Program(nn.Module):
         self._range, self._since, self._layout = 0, 0, 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph of the layout in force. A collective."""
+        """Run the graph of the layout in force. A collective.
+
+        Raises:
+            PlanError: approximate steps were asked for gradients, or the layout has no graph.
+        """
+        if self.measured and torch.is_grad_enabled():
+            raise PlanError(
+                f"compute gradients through {self.repeated} steps",
+                found="choices and results of other steps, which have no gradient",
+                do="run under torch.no_grad(), or train an exact program",
+            )
         out = self.current.graph(*args, **kwargs)
         self._since += 1
         return out
@@ -97,10 +108,15 @@ class Program(nn.Module):
         if self.capacity is not None:
             return self.variants[layout, f"capacity {self._range}"]
         if not self.repeated:
-            return self.variants[layout, _EXACT]
+            return self.variants[layout, EXACT]
         anew = not self._since or (self.every and self._since % self.every == 0)
         lost = any(memory.overflowed for memory in self._memories[layout])
-        return self.variants[layout, _FIRST if anew or lost else self.repeated]
+        return self.variants[layout, FIRST if anew or lost else self.repeated]
+
+    @property
+    def exact(self) -> Scheduled:
+        """The graph of the layout in force that depends on no other step."""
+        return self.variants[self._layout_in_force(), EXACT]
 
     def forget(self) -> None:
         """Begin another batch: the next step does not go on from the last. Call it on every rank."""
@@ -213,13 +229,13 @@ def schedule(
     parallelize(model, mesh, placement, verify=verify)
     program = Program(model, placement, maker, memory_bytes)
     if capacity is None and changes is None:
-        program.add(_EXACT, Plan(way="once" if once else "slots"), DEGREES if chunks is None else (chunks,))
+        program.add(EXACT, Plan(way="once" if once else "slots"), DEGREES if chunks is None else (chunks,))
     if capacity is not None:
         for i, caps in enumerate(capacity.rows.tolist()):
             program.add(f"capacity {i}", Plan(way="capacity", caps=caps))
         program.capacity = capacity
     if changes is not None:
-        program.add(_FIRST, Plan(way="first"))
+        program.add(FIRST, Plan(way="first"))
         program.add("delta", Plan(way="delta", caps=changes.tolist()))
         program.repeated = "delta"
     return program
