@@ -12,6 +12,7 @@ from moefx.codegen.reasons import CannotLower
 from moefx.codegen.schedule import Schedule, choose
 from moefx.codegen.spec import CombineSpec, KernelSpec, LinearSpec, RegionSpec
 from moefx.codegen.targets import TARGETS, Target, target, target_of
+from moefx.codegen.token_lowering import TokenLowering
 
 __all__ = [
     "TARGETS",
@@ -25,6 +26,7 @@ __all__ = [
     "RegionSpec",
     "Schedule",
     "Target",
+    "TokenLowering",
     "choose",
     "describe",
     "emit",

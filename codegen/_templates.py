@@ -287,10 +287,8 @@ def kernel(
 
     # What follows in the model, in float32.
     z0 = total
-{% for kind in operands %}
-{% set at = {"row": "token * %d + col" % n, "sample": "token // sample_tokens * %d + col" % n, "column": "col"}[kind] %}
-{% set mask = ", mask=col < %d, other=0.0" % n if mask_n else "" %}
-    z{{ loop.index }} = tl.load(z{{ loop.index }}_ptr + {{ at }}{{ mask }}).to(tl.float32)
+{% for load in loads %}
+    {{ load }}
 {% endfor %}
 {% for statement in statements %}
     {{ statement }}

@@ -19,7 +19,16 @@ from torch import Tensor
 
 from moefx.codegen import runtime, store
 from moefx.codegen.kernels import GateGradSpec, InputGradSpec, PointGradSpec, WeightGradSpec
-from moefx.codegen.runtime import Combine, LoadedRegion, Operands, fake_result, region_of, routed_rows, tile_map
+from moefx.codegen.runtime import (
+    Combine,
+    LoadedRegion,
+    Operands,
+    fake_result,
+    region_of,
+    routed_rows,
+    rows_of,
+    tile_map,
+)
 from moefx.codegen.schedule import Schedule, load_class
 from moefx.codegen.spec import CombineSpec, Kernel, LinearSpec, RegionSpec
 from moefx.codegen.targets import Target, target_of
@@ -141,11 +150,11 @@ class _Pass:
     ) -> None:
         region = loaded.region
         self.k, self.region, self.wants = loaded, region, wants
-        self.given = Operands.of(region, [_rows(t) for t in tensors])
+        self.given = Operands.of(region, [rows_of(t) for t in tensors])
         self.at = Operands.of(region, range(len(tensors)))
         self.rows = routed_rows(region, tensors)
         self.tiles = tile_map(self.given.offsets, self.rows, loaded.block_m)
-        self.grad = _rows(grad)
+        self.grad = rows_of(grad)
         self.saved = list(saved)
         self.gates = None if self.given.gates is None else self.given.gates.to(torch.float32).contiguous()
         self.partial: Tensor | None = None
@@ -239,11 +248,6 @@ class _Pass:
         if self.rows:
             self.k.gate_grad.launch(partial, self._order(), out)
         return out.view(gates.shape).to(gates.dtype)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """Return a tensor whose last axis is contiguous."""
-    return tensor if tensor.dim() < 2 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 @functools.lru_cache(maxsize=1024)

@@ -36,6 +36,12 @@ class Derivative:
         """Names of the device functions that the printed program calls, callees first."""
         return helpers_of(self.steps)
 
+    @property
+    def reads(self) -> frozenset[Arg]:
+        """Names of what the printed gradients read; a constant takes its shape from ``z0``."""
+        shaped = () if all(isinstance(grad, str) for grad in self.grads) else ("z0",)
+        return frozenset(arg for step in self.steps for arg in step.args) | {self.value, *self.grads, *shaped}
+
     def triton(self) -> list[str]:
         """Return the program as Triton statements, one per step."""
         return statements_of(self.steps)
@@ -63,9 +69,9 @@ def _shaped(result: Arg) -> str:
     return result if isinstance(result, str) else f"(z0 * 0.0 + {spell(result)})"
 
 
-def differentiate(program: Pointwise) -> Derivative:
-    """Return the derivative of a program."""
-    return _Reverse(program).derivative()
+def differentiate(program: Pointwise, with_value: bool = True) -> Derivative:
+    """Return the derivative of a program; without its value, that is zero and its steps are left out."""
+    return _Reverse(program).derivative(with_value)
 
 
 class _Reverse:
@@ -77,7 +83,7 @@ class _Reverse:
         self.names: dict[str, Arg] = {f"z{i}": f"z{i}" for i in range(program.inputs)}
         self.bars: dict[str, list[tuple[Mask, Arg]]] = {}
 
-    def derivative(self) -> Derivative:
+    def derivative(self, with_value: bool) -> Derivative:
         steps = self.program.steps
         for step in steps:
             self.names[step.name] = self.b.step(step.op, *map(self.new, step.args))
@@ -93,7 +99,8 @@ class _Reverse:
                 if isinstance(arg, str):
                     self.bars.setdefault(arg, []).append(((*mask, *chosen), value))
         grads = [self.applied(*self.adjoint(f"z{i}")) for i in range(self.program.inputs)]
-        kept, (value, *rest) = self.b.finish_all(self.new(self.program.result), *grads)
+        result = self.new(self.program.result) if with_value else 0.0
+        kept, (value, *rest) = self.b.finish_all(result, *grads)
         return Derivative(self.program.inputs, kept, value, tuple(rest))
 
     def new(self, arg: Arg) -> Arg:

@@ -6,11 +6,13 @@ Same spec and schedule, same bytes.  The module needs nothing but Triton: it can
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jinja2
 
 from moefx.codegen import _templates
+from moefx.codegen.pointwise import Pointwise
 from moefx.codegen.schedule import Schedule, combine_columns
 from moefx.codegen.spec import CombineSpec, Kernel, KernelSpec, LinearSpec, digest
 
@@ -81,15 +83,22 @@ def emit_linear(spec: LinearSpec, schedule: Schedule) -> str:
         num_stages=schedule.num_stages,
         precision=f', input_precision="{spec.precision}"' if spec.dtype == "float32" else "",
         statements=spec.epilogue.triton(),
-        result=result(spec),
+        result=printed(spec.epilogue),
         keep=spec.keep,
     )
 
 
-def result(spec: LinearSpec) -> str:
-    """Return the expression that a kernel stores."""
-    result = spec.epilogue.result
-    return result if isinstance(result, str) else f"(z0 * 0.0 + {result!r})"
+def printed(program: Pointwise) -> str:
+    """Return what a kernel stores: the result of a program, of the shape of its inputs."""
+    return program.result if isinstance(program.result, str) else f"(z0 * 0.0 + {program.result!r})"
+
+
+def call(head: str, arguments: Sequence[str], tail: str = "", indent: str = "") -> str:
+    """Return ``head(arguments)tail`` as a formatter leaves it: in one line, or with one argument per line."""
+    line = f"{indent}{head}({', '.join(arguments)}){tail}"
+    if len(line) <= 120:
+        return line
+    return "\n".join([f"{indent}{head}(", *(f"{indent}    {one}," for one in arguments), f"{indent}){tail}"])
 
 
 def operand_names(spec: LinearSpec) -> tuple[list[str], list[str]]:
@@ -134,8 +143,11 @@ def emit_combine(spec: CombineSpec) -> str:
         helpers=[_templates.HELPERS[name] for name in tail.helpers],
         operands=spec.operands,
         more="".join(f"z{i + 1}, " for i in range(len(spec.operands))),
+        loads=operand_loads(
+            spec.operands, spec.features, "token", "token // sample_tokens", spec.features % columns != 0
+        ),
         statements=tail.triton(),
-        result=tail.result if isinstance(tail.result, str) else f"(z0 * 0.0 + {tail.result!r})",
+        result=printed(tail),
         dtype=spec.dtype,
         weighted=spec.weighted,
         weights="weights, " if spec.weighted else "",
@@ -146,6 +158,16 @@ def emit_combine(spec: CombineSpec) -> str:
         column_tiles=-(-spec.features // columns),
         num_warps=warps,
     )
+
+
+def operand_loads(kinds: Sequence[str], n: int, row: str, sample: str, masked: bool) -> list[str]:
+    """Return the loads of what joins a row of ``n`` columns ``col``, as ``z1, z2, ...`` in float32."""
+    at = {"row": f"{row} * {n} + col", "sample": f"{sample} * {n} + col", "column": "col", "token": row}
+    mask = f", mask=col < {n}, other=0.0" if masked else ""
+    return [
+        f"z{i} = tl.load(z{i}_ptr + {at[kind]}{'' if kind == 'token' else mask}).to(tl.float32)"
+        for i, kind in enumerate(kinds, 1)
+    ]
 
 
 def emit_tile_map() -> str:

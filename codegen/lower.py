@@ -23,6 +23,7 @@ from moefx.codegen.pointwise import Pointwise
 from moefx.codegen.reasons import CannotLower
 from moefx.codegen.spec import CombineSpec, LinearSpec, RegionSpec
 from moefx.codegen.tail import Tail, tail_of
+from moefx.codegen.token_lowering import TokenLowering, is_tokens, lower_tokens
 
 if TYPE_CHECKING:
     from moefx.codegen.attention import HeadLowering
@@ -89,8 +90,8 @@ def operands(node: fx.Node) -> dict[str, Any]:
     return dict.fromkeys(_ARGUMENTS[name]) | dict(zip(_ARGUMENTS[name], node.args, strict=False)) | named
 
 
-def lowerings(graph: Any, tails: bool = False) -> list[Lowering | HeadLowering | Refusal]:
-    """Return every routed region, and every attention of routed heads, of a graph in execution order.
+def lowerings(graph: Any, tails: bool = False) -> list[Lowering | HeadLowering | TokenLowering | Refusal]:
+    """Return every routed region, attention of routed heads, gather and scatter of tokens, in execution order.
 
     ``graph`` is a :class:`torch.fx.GraphModule` (dynamo, export) or a traced graph with ``fx`` and ``root``. With
     ``tails`` what follows a combine is computed with it; such a region has no gradient.
@@ -169,12 +170,14 @@ class _Finder:
         self.position = {node: i for i, node in enumerate(graph.nodes)}
         self.taken: set[fx.Node] = set()
 
-    def find(self) -> list[Lowering | HeadLowering | Refusal]:
-        found: list[Lowering | HeadLowering | Refusal] = []
+    def find(self) -> list[Lowering | HeadLowering | TokenLowering | Refusal]:
+        found: list[Lowering | HeadLowering | TokenLowering | Refusal] = []
         for node in self.graph.nodes:
             try:
                 if _calls_head_attention(node):
                     found.append(self.heads(node))
+                elif is_tokens(node, self.value):
+                    found.append(lower_tokens(_site(node), node, self.value, self.root))
                 elif dialect_op(node) == "grouped_linear" and node not in self.taken:
                     lowering = self.region(node)
                     self.taken.update(lowering.nodes)
@@ -346,14 +349,15 @@ def _site(node: fx.Node) -> str:
     return node.name
 
 
-def replace(graph: fx.GraphModule, found: Iterable[Lowering | HeadLowering | Refusal], training: bool = False) -> int:
+def replace(graph: fx.GraphModule, found: Iterable[Lowering | HeadLowering | TokenLowering | Refusal], training: bool = False) -> int:
     """Replace regions by calls of their kernels, in place, and return how many were; refusals are left alone.
 
     With ``training`` a region also saves what its gradient reads.
     """
     # The operators are defined only where kernels are wanted.
     import moefx.codegen.attention
-    import moefx.codegen.backward  # noqa: F401
+    import moefx.codegen.backward
+    import moefx.codegen.tokens  # noqa: F401
     from moefx.codegen.runtime import register
 
     target = torch.ops.moefx.region_train.default if training else torch.ops.moefx.region.default
@@ -363,6 +367,9 @@ def replace(graph: fx.GraphModule, found: Iterable[Lowering | HeadLowering | Ref
         if isinstance(lowering, Refusal):
             continue
         count += 1
+        if isinstance(lowering, TokenLowering):
+            lowering.replace(graph)
+            continue
         if not isinstance(lowering, Lowering):
             lowering.output.target = torch.ops.moefx.head_attention_kernels.default
             continue
@@ -382,12 +389,15 @@ def replace(graph: fx.GraphModule, found: Iterable[Lowering | HeadLowering | Ref
     return count
 
 
-def describe(found: Iterable[Lowering | HeadLowering | Refusal]) -> str:
+def describe(found: Iterable[Lowering | HeadLowering | TokenLowering | Refusal]) -> str:
     """Return the regions as text: one line each, and one per kernel or reason below it."""
     lines: list[str] = []
     for item in found:
         if isinstance(item, Refusal):
             lines += [f"{item.name}: not lowered", f"  because {item.reason}"]
+            continue
+        if isinstance(item, TokenLowering):
+            lines += [f"{item.name}: tokens", f"  {item.spec.name}"]
             continue
         if not isinstance(item, Lowering):
             lines += [f"{item.name}: attention of routed heads", *(f"  {spec.name}" for spec in item.specs)]

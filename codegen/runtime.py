@@ -119,6 +119,11 @@ def _tile_map_module() -> ModuleType:
     return store.load(emit_tile_map(), "tile_map")
 
 
+def rows_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor whose last axis is contiguous."""
+    return tensor if tensor.dim() < 2 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 class Projection:
     """One grouped projection, emitted and loaded: calling it launches the kernel."""
 
@@ -138,7 +143,7 @@ class Projection:
         kept: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Write ``out`` [R, N], and ``kept`` if the spec says so, from ``x``, [T, K] with ``order``, else [R, K]."""
-        operands = [x if x.stride(-1) == 1 else x.contiguous(), *(t.contiguous() for t in (*weights, *biases))]
+        operands = [rows_of(x), *(t.contiguous() for t in (*weights, *biases))]
         operands += [order] if order is not None else []
         if tiles.numel():
             self._module.launch(*operands, tiles, out, *([] if kept is None else [kept]), self._upcast)

@@ -20,9 +20,10 @@ from moefx.codegen.epilogue import trace_pointwise
 from moefx.codegen.pointwise import Pointwise
 from moefx.codegen.reasons import CannotLower
 
-_VIEWS = frozenset({"view", "reshape", "_unsafe_view", "view_as", "reshape_as"})
-_ARITHMETIC = frozenset({"add", "mul", "sub"})
-_IN_PLACE = frozenset({"iadd", "imul", "isub", "add_", "mul_", "sub_"})
+#: Calls that change the shape alone, that combine values, and that do so in the place of the first.
+VIEWS = frozenset({"view", "reshape", "_unsafe_view", "view_as", "reshape_as"})
+ARITHMETIC = frozenset({"add", "mul", "sub"})
+IN_PLACE = frozenset({"iadd", "imul", "isub", "add_", "mul_", "sub_"})
 Value = Callable[[Any], torch.Tensor]
 
 
@@ -64,17 +65,17 @@ def tail_of(combine: fx.Node, value: Value) -> Tail | None:
 
 def _take(chain: _Chain, node: fx.Node, user: fx.Node, value: Value) -> bool:
     """Add ``user`` to the chain, if it is a view, a sum or a product of ``node`` and what it can be combined with."""
-    name = _name(user)
+    name = called(user)
     out, before = value(user), value(node)
     if out.dtype != before.dtype or not statically_known_true(out.shape[-1] == before.shape[-1]):
         return False
-    if name in _VIEWS and user.args[0] is node:
+    if name in VIEWS and user.args[0] is node:
         chain.nodes.append(user)
         chain.is_viewed = True
         return True
-    if name in _IN_PLACE and user.args[0] is not node:
+    if name in IN_PLACE and user.args[0] is not node:
         return False
-    if name not in _ARITHMETIC | _IN_PLACE or not _same(out.shape, before.shape):
+    if name not in ARITHMETIC | IN_PLACE or not same(out.shape, before.shape):
         return False
     others = [arg for arg in user.all_input_nodes if arg is not node]
     kinds = [_kind(value(other), out) for other in others]
@@ -85,14 +86,16 @@ def _take(chain: _Chain, node: fx.Node, user: fx.Node, value: Value) -> bool:
     return True
 
 
-def _name(node: fx.Node) -> str:
+def called(node: fx.Node) -> str:
+    """Return the name of the function or method that a node calls, in any spelling, or nothing."""
     if node.op not in ("call_function", "call_method"):
         return ""
     packet = getattr(node.target, "overloadpacket", node.target)
     return packet if isinstance(packet, str) else str(getattr(packet, "__name__", packet))
 
 
-def _same(left: Any, right: Any) -> bool:
+def same(left: Any, right: Any) -> bool:
+    """Whether two shapes are known to be equal."""
     return len(left) == len(right) and all(statically_known_true(a == b) for a, b in zip(left, right, strict=True))
 
 
@@ -100,7 +103,7 @@ def _kind(operand: torch.Tensor, out: torch.Tensor) -> str | None:
     """Return how an operand is spread over the result: every row of its own, one per sample, or one for all."""
     if operand.dtype != out.dtype or operand.device != out.device or operand.dim() == 0:
         return None
-    if _same(operand.shape, out.shape):
+    if same(operand.shape, out.shape):
         return "row"
     width = statically_known_true(operand.shape[-1] == out.shape[-1])
     if not width or any(not statically_known_true(size == 1) for size in operand.shape[1:-1]):
@@ -113,10 +116,10 @@ def _kind(operand: torch.Tensor, out: torch.Tensor) -> str | None:
 
 def _finish(chain: _Chain, combine: fx.Node, end: fx.Node, value: Value) -> Tail | None:
     """Return the chain so far, if it ends in arithmetic and something has its shape."""
-    if _name(end) in _VIEWS or not chain.operands:
+    if called(end) in VIEWS or not chain.operands:
         return None
     rows = [
-        node for node, kind in chain.operands.items() if kind == "row" and _same(value(node).shape, value(end).shape)
+        node for node, kind in chain.operands.items() if kind == "row" and same(value(node).shape, value(end).shape)
     ]
     if chain.is_viewed and not rows:
         return None
@@ -125,7 +128,7 @@ def _finish(chain: _Chain, combine: fx.Node, end: fx.Node, value: Value) -> Tail
     def run(*z: torch.Tensor) -> torch.Tensor:
         env: dict[fx.Node, Any] = {combine: z[0], **dict(zip(operands, z[1:], strict=True))}
         for node in nodes:
-            if _name(node) in _VIEWS:
+            if called(node) in VIEWS:
                 env[node] = env[node.args[0]]  # type: ignore[index]
                 continue
             args = fx.node.map_arg(node.args, env.__getitem__)

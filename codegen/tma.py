@@ -9,7 +9,7 @@ needs 4 warps, an outer loop that is not flattened and no branch in it; Blackwel
 from __future__ import annotations
 
 from moefx.codegen import _templates, _templates_tma
-from moefx.codegen.emit import bases, meaning, operand_names, render, result
+from moefx.codegen.emit import bases, meaning, operand_names, printed, render
 from moefx.codegen.schedule import Schedule
 from moefx.codegen.spec import ITEM_BYTES, LinearSpec
 
@@ -52,7 +52,7 @@ def emit_tma(spec: LinearSpec, schedule: Schedule) -> str:
         num_warps=schedule.num_warps,
         num_stages=schedule.num_stages,
         statements=spec.epilogue.triton(),
-        result=result(spec),
+        result=printed(spec.epilogue),
     )
 
 

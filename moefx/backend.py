@@ -15,10 +15,11 @@ import torch
 from torch import fx
 from torch._logging._internal import trace_structured
 
-from moefx.codegen import attention, backward, runtime
+from moefx.codegen import attention, backward, runtime, tokens
 from moefx.codegen.attention import HeadLowering
 from moefx.codegen.lower import Lowering, Refusal, describe, lowerings, replace
 from moefx.codegen.runtime import interpreting, triton_installed
+from moefx.codegen.token_lowering import TokenLowering
 from moefx.errors import OptionError, nearest
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ def reset() -> None:
     """Forget the kernels loaded in this process; ``torch.compiler.reset()`` calls this. Files stay on disk."""
     attention.clear()
     backward.clear()
+    tokens.clear()
     runtime.clear()
 
 
@@ -105,7 +107,7 @@ def _lower(gm: fx.GraphModule, example_inputs: Sequence[Any], insist: bool) -> N
     )
 
 
-def _usable(item: Lowering | HeadLowering | Refusal, insist: bool) -> bool:
+def _usable(item: Lowering | HeadLowering | TokenLowering | Refusal, insist: bool) -> bool:
     """Whether a region's kernels can run where its tensors are."""
     if isinstance(item, Refusal):
         return False

@@ -4,6 +4,22 @@ from moefx.codegen.kernels.gate_grad import GateGradSpec
 from moefx.codegen.kernels.head_attention import HeadAttentionSpec
 from moefx.codegen.kernels.input_grad import InputGradSpec
 from moefx.codegen.kernels.point_grad import PointGradSpec
+from moefx.codegen.kernels.token_gather import TokenGatherSpec
+from moefx.codegen.kernels.token_grad import TokenGradSpec
+from moefx.codegen.kernels.token_program import TokenProgram
+from moefx.codegen.kernels.token_scatter import TokenScatterSpec
+from moefx.codegen.kernels.token_sum import TokenSumSpec
 from moefx.codegen.kernels.weight_grad import WeightGradSpec
 
-__all__ = ["GateGradSpec", "HeadAttentionSpec", "InputGradSpec", "PointGradSpec", "WeightGradSpec"]
+__all__ = [
+    "GateGradSpec",
+    "HeadAttentionSpec",
+    "InputGradSpec",
+    "PointGradSpec",
+    "TokenGatherSpec",
+    "TokenGradSpec",
+    "TokenProgram",
+    "TokenScatterSpec",
+    "TokenSumSpec",
+    "WeightGradSpec",
+]

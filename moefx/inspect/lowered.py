@@ -54,7 +54,7 @@ def regions_of(graph: Graph) -> tuple[list[RegionUse], list[Refusal]]:
         if isinstance(item, Refusal):
             refused.append(item)
             continue
-        if isinstance(item, HeadLowering):
+        if not isinstance(item, Lowering):
             continue
         rows, experts = _load(item)
         key = (item.region.key, rows, experts)
