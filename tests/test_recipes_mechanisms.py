@@ -19,6 +19,7 @@ from moefx.errors import InputError, NothingMatched, OptionError
 from moefx.graph.inputs import synthesise
 from moefx.routing.attention_masks import TokenGrid, box, disc, with_others
 from moefx.routing.attention_mechanisms import Attend, AttendCoarsely, AttendLocally, RoutedAttention
+from moefx.routing.attention_tiles import Tiling, attend_by_tiles
 from moefx.routing.router import LinearRouter, sinusoidal
 
 FLUX = "FluxTransformer2DModel"
@@ -91,6 +92,45 @@ def test_local_attention_token_by_token(radius: float, round_: bool) -> None:
         torch.testing.assert_close(found[:, :, i : i + 1], scores @ v[:, :, seen], rtol=1e-10, atol=1e-12)
 
 
+@given(
+    st.lists(st.integers(1, 7), min_size=2, max_size=3),
+    st.sampled_from([0.5, 1.0, 1.5, 2.0, 3.0]),
+    st.booleans(),
+    st.integers(1, 4),
+    st.sampled_from([(0, 0), (2, 1), (0, 3)]),
+)
+@settings(deadline=None, max_examples=40)
+def test_tiles_attend_as_the_mask_says(
+    sizes: list[int], radius: float, round_: bool, edge: int, others: tuple[int, int]
+) -> None:
+    grid = TokenGrid(*others, tuple(sizes))
+    total = math.prod(sizes) + sum(others)
+    q, k, v = (x.requires_grad_() for x in qkv(total))
+    layer = AttendLocally(grid, radius, round_=round_, edge=edge)
+    tiling = Tiling(grid.sizes, edge, math.ceil(radius) - 1)
+    found = attend_by_tiles(q, k, v, tiling, layer.seen(tiling, q.device), grid.before, None)
+    wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=layer.mask(total, q.device))
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    seed = torch.randn_like(found)
+    gradients = (torch.autograd.grad((y * seed).sum(), (q, k, v)) for y in (found, wanted))
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+
+
+def test_tiles_are_taken_where_they_save() -> None:
+    near, far = AttendLocally(TokenGrid(0, 0, (16, 16)), 2.0), AttendLocally(TokenGrid(0, 0, (16, 16)), 8.0)
+    q, k, v = qkv(256)
+    assert far.tiling(256) is None
+    tiling = near.tiling(256)
+    assert tiling is not None
+    assert tiling.pairs == tiling.queries(q.device).numel() * tiling.keys(q.device).shape[1] == 256 * 10 * 10
+    for layer in (near, torch.compile(near, fullgraph=True, backend="aot_eager")):
+        found = layer(q, k, v)
+        wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=near.mask(256, q.device))
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    shared = AttendLocally(TokenGrid(0, 0, (16, 16)), 2.0, grouped=True)(q, k[:, :1], v[:, :1])
+    torch.testing.assert_close(shared, near(q, k[:, :1].expand_as(q), v[:, :1].expand_as(q)))
+
+
 @given(sizes_of_grids, st.integers(1, 3), st.integers(0, 2))
 @settings(deadline=None, max_examples=30)
 def test_coarse_attention_bucket_by_bucket(sizes: list[int], bucket: int, text: int) -> None:
@@ -133,6 +173,9 @@ def test_routed_attention_soft_and_hard() -> None:
     hard = torch.stack([torch.stack([parts[b, h, ..., picked[b, h]] for h in range(2)]) for b in range(2)])
     found = layer.eval()(q, k, v, t)
     torch.testing.assert_close(found, hard, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():  # each mechanism for those that picked it
+        torch.testing.assert_close(layer(q, k, v, t), hard, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(layer(q[:1], k[:1], v[:1], t[:1]), hard[:1], rtol=1e-10, atol=1e-12)
     weights = torch.randn_like(found)
     gradient = torch.autograd.grad((found * weights).sum(), layer.router.bias)[0]
     expected = torch.autograd.grad((soft * weights).sum(), layer.router.bias)[0]

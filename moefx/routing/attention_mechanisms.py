@@ -5,6 +5,7 @@ Legend: B samples, H heads, T tokens, d head width, M mechanisms, n image tokens
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moefx import ops
 from moefx.errors import InputError, OptionError
 from moefx.routing.attention_masks import TokenGrid, box, disc, with_others
+from moefx.routing.attention_tiles import Tiling, attend_by_tiles, tile_sum
 from moefx.routing.precision import KeepFloat32, at_least_float32
 from moefx.routing.record import RoutingRecord
 from moefx.routing.static import reads_tokens
@@ -44,17 +47,34 @@ class AttendLocally(Attend):
     """Attention of image tokens to those within reach, and to and from all other tokens.
 
     A disc ``Σ Δ² < radius²`` is CLEAR's (arXiv 2412.16112), a box ``|Δ| < radius`` along each axis a sliding window.
-    A radius beyond the grid's diagonal is full attention. The mask is made in each call and costs T² bits; the scores
-    outside it are computed and dropped: what a sparse kernel would save, this saves only in the function.
+    A radius beyond the grid's diagonal is full attention. Where that saves a third of the products or more, tiles of
+    the grid attend to the windows around them (`moefx.routing.attention_tiles`); else all scores are computed, and
+    those outside the reach dropped.
+
+    Args:
+        grid: where the image is among the tokens.
+        radius: nearer than this is seen.
+        round_: a disc, else a box.
+        edge: places of a tile along each axis; None for 8 on images and 4 on videos.
+        scale: of the scores; None for 1/√d.
+        grouped: keys and values have fewer heads than queries.
     """
 
     def __init__(
-        self, grid: TokenGrid, radius: float, *, round_: bool = True, scale: float | None = None, grouped: bool = False
+        self,
+        grid: TokenGrid,
+        radius: float,
+        *,
+        round_: bool = True,
+        edge: int | None = None,
+        scale: float | None = None,
+        grouped: bool = False,
     ) -> None:
         super().__init__(scale=scale, grouped=grouped)
         if radius <= 0:
             raise OptionError(f"attend within {radius} tokens", found="nothing in reach", do="use a positive radius")
         self.grid, self.radius, self.round = grid, radius, round_
+        self.edge = edge or (8 if len(grid.sizes) == 2 else 4)
 
     def mask(self, total: int, device: torch.device) -> Tensor:
         """Return ``[T, T]``, true where a query (row) sees a key (column)."""
@@ -63,9 +83,29 @@ class AttendLocally(Attend):
         local = disc(grid.sizes, self.radius, device) if self.round else box(grid.sizes, reach, device)
         return with_others(local, grid.before, grid.after)
 
+    def tiling(self, total: int) -> Tiling | None:
+        """Return the tiles of an input of T = ``total`` tokens, or None where they save too little."""
+        grid = self.grid.for_tokens(total)
+        tiling = Tiling(grid.sizes, self.edge, _below(self.radius))
+        places = math.prod(grid.sizes)
+        return tiling if 3 * tiling.pairs <= 2 * places * places else None
+
+    def seen(self, tiling: Tiling, device: torch.device) -> Tensor:
+        """Return ``[N, Q, S]``, true where a query of a tile sees a key of its window."""
+        apart = tiling.differences(device)
+        if self.round:
+            return tile_sum([difference.square() for difference in apart]) < self.radius * self.radius
+        return tile_sum([(difference.abs() > tiling.reach).to(torch.int64) for difference in apart]) == 0
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return ``[B, H, T, d]``."""
-        return self._attend(q, k, v, self.mask(q.shape[-2], q.device))
+        tiling = self.tiling(q.shape[-2])
+        if tiling is None:
+            return self._attend(q, k, v, self.mask(q.shape[-2], q.device))
+        if k.shape[1] != q.shape[1]:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        before = self.grid.for_tokens(q.shape[-2]).before
+        return attend_by_tiles(q, k, v, tiling, self.seen(tiling, q.device), before, self.scale)
 
     def extra_repr(self) -> str:
         """Describe the mechanism in ``print(model)``."""
@@ -124,8 +164,9 @@ class RoutedAttention(KeepFloat32):
         evaluation:  y_h = A_m*(q_h, k_h, v_h)      m* = argmax p_h, but m* = 0 where max p_h < threshold
 
     Mechanism 0 is the fall-back, full attention. Every sample is routed by its own timestep; the released code lets the
-    first one decide for the batch. In evaluation the choice carries the gradient of p (straight through). Here all
-    mechanisms are computed and weighed; `moefx.specialise` leaves out the others where the timestep is known.
+    first one decide for the batch. In evaluation the choice carries the gradient of p (straight through). All
+    mechanisms are computed and weighed, so that nothing waits for the router; on a CPU without gradients each runs for
+    the samples and heads that picked it, and `moefx.specialise` leaves out the others where the timestep is known.
 
     Args:
         router: maps ``(x, timestep)`` to logits ``[B, 1, H·M]``, those of one head beside each other.
@@ -171,12 +212,30 @@ class RoutedAttention(KeepFloat32):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *taps: Tensor) -> Tensor:
         """Return ``[B, H, T, d]``."""
         weights = self.weights(q[:, 0], *taps)
+        if not self.training and q.device.type == "cpu" and ops.unseen(q):
+            return self._picked(q, k, v, weights.argmax(-1))
         total: Tensor | None = None
         for m, mechanism in enumerate(self.mechanisms):
             part = mechanism(q, k, v) * weights[..., m, None, None]
             total = part if total is None else total + part
         assert total is not None
         return total.to(q.dtype)
+
+    def _picked(self, q: Tensor, k: Tensor, v: Tensor, picked_BH: Tensor) -> Tensor:
+        """Run every mechanism for the samples and heads that picked it, as samples of one head."""
+        if k.shape[1] != q.shape[1]:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        flat = [x.flatten(0, 1).unsqueeze(1) for x in (q, k, v)]
+        picked = picked_BH.expand(q.shape[:2]).flatten()
+        y = q.new_empty((len(picked), *q.shape[2:3], v.shape[-1]))
+        for m, mechanism in enumerate(self.mechanisms):
+            rows = (picked == m).nonzero().squeeze(1)
+            if len(rows) == len(picked):
+                whole: Tensor = mechanism(q, k, v)
+                return whole
+            if len(rows):
+                y.index_copy_(0, rows, mechanism(*(x.index_select(0, rows) for x in flat)).squeeze(1))
+        return y.unflatten(0, q.shape[:2])
 
     @property
     def deciding(self) -> tuple[int, ...]:

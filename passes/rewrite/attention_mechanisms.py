@@ -105,7 +105,7 @@ class AttentionMechanisms(SitePass):
         return Contract("approximate", o.max_error, "tokens do not attend to all others")
 
     def costs(self, site: Site, tap_width: int = 0) -> Costs:
-        """Return the router's parameters; what is not attended to saves nothing until a kernel leaves it out."""
+        """Return the router's parameters; the attention itself counts in no plan."""
         if not self.options.routed:
             return Costs(0, 0, 0, 0)
         rows = int(site.operands["q"].meta["val"].shape[1]) * len(self.options.mechanisms)
