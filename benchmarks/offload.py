@@ -7,6 +7,9 @@ drops the files from the operating system's cache before each run, so that every
 
 ``thread_s`` is the CPU time of the computing thread: what the wall clock would show on a machine with a core left for
 the loading thread, apart from ``waited_s``. On a busy machine it is the number to compare.
+
+What is asked of each share of resident experts is printed below the table: the ratio to the resident model's time, the
+hit rate, and how much less an LRU cache of the same size does. One run ends in less than five minutes.
 """
 
 from __future__ import annotations
@@ -132,6 +135,19 @@ def show(rows: dict[str, dict[str, float]], title: str) -> None:
     Console(width=120).print(table)
 
 
+def verdicts(rows: dict[str, dict[str, float]], shares: list[float]) -> list[str]:
+    """Return one line for each share: streamed by schedule against resident, and against LRU."""
+    lines = []
+    for share in shares:
+        ours, lru = rows[f"{share:.0%} schedule"], rows[f"{share:.0%} lru"]
+        lines.append(
+            f"{share:.0%} resident: {ours['ratio']:.2f} times the resident model's time ({ours['thread_ratio']:.2f} on "
+            f"the computing thread), hit rate {ours['hit_rate']:.2f}, {ours['late']:.1%} late; LRU {lru['ratio']:.2f} "
+            f"times ({lru['thread_ratio']:.2f}), hit rate {lru['hit_rate']:.2f}, {lru['late']:.1%} late"
+        )
+    return lines
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -158,6 +174,7 @@ def main() -> None:
         for tokens in options.tokens:
             rows = measure(models, tokens, options, folder)
             show(rows, f"{tokens} tokens, {'cold' if options.cold else 'warm'} files")
+            print("\n".join(verdicts(rows, options.shares)))
             result[f"{tokens} tokens"] = rows
         models.clear()
     if options.json:

@@ -11,7 +11,8 @@ token and layer. What is timed is the rows of all layers, without the experts be
 * ``floating, placed``: the same with experts placed by affinity.
 
 Fitted and random placements give the rank correlation of predicted and measured times. Least of the rounds, after a
-barrier, of the slowest process.
+barrier, of the slowest process. Two aims are printed beside what was reached: ``floating, placed`` takes at most half
+the time of ``home``, and the rank correlation is above 0.9. The run ends in less than five minutes.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from moefx.parallel.exchange import exchange
 from moefx.passes.placement import Budget, ModelDims, Topology, place, trace_of_choices
 
 IDs = NDArray[np.int64]
+LEAST_RATIO, LEAST_CORRELATION = 2.0, 0.9
 
 
 def draw_paths(tokens: int, layers: int, experts: int, groups: int, *, seed: int = 0) -> IDs:
@@ -178,9 +180,13 @@ def main() -> None:
     if dist.get_rank() == 0:
         for name, row in found.items():
             print(f"{name:24} {row['ms']:9.1f} ms {row['MB']:9.1f} MB")
-        print(f"rank correlation of predicted and measured times: {order:.3f}")
+        ratio = found["home"]["ms"] / found["floating, placed"]["ms"]
+        print("bytes on the wire are the predicted ones in all rows")
+        print(f"home, in order / floating, placed: {ratio:.2f} times (aim: at least {LEAST_RATIO:g})")
+        print(f"rank correlation of predicted and measured times: {order:.3f} (aim: above {LEAST_CORRELATION:g})")
         machine = f"{platform.machine()}, {os.cpu_count()} cores, {ranks} processes, torch {torch.__version__}"
-        result = {"machine": machine, "load_average": os.getloadavg(), "exchanges": found, "rank_correlation": order}
+        result = {"machine": machine, "load_average": os.getloadavg(), "exchanges": found}
+        result |= {"rank_correlation": order, "ratio": ratio, "aims": {"ratio": LEAST_RATIO, "rank": LEAST_CORRELATION}}
         if options.json:
             options.json.write_text(json.dumps(result, indent=1) + "\n")
     dist.destroy_process_group()

@@ -38,7 +38,7 @@ class Roster:
         """Read one layer of a layout."""
         ranks = range(len(layout.devices))
         homes = tuple(tuple(layout.experts_of(layer, g).tolist()) for g in ranks)
-        held = [tuple(layout.copies_of(layer, g).tolist()) for g in ranks]
+        held = [tuple(np.flatnonzero(held_E).tolist()) for held_E in layout.holders(layer).T]
         copies = tuple(tuple(e for e in held[g] if e not in set(homes[g])) for g in ranks)
         if not any(copies):
             return cls(homes, copies)
