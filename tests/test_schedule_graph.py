@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import networkx as nx
 import pytest
 import torch
 from torch import nn
@@ -15,10 +16,12 @@ from torch.fx import Node
 from moefx.errors import PlanError
 from moefx.graph import Graph
 from moefx.graph.splice import is_inplace
+from moefx.parallel.loads import begin_load, evict
 from moefx.parallel.lower import divide_experts
 from moefx.parallel.program import capture
 from moefx.parallel.regions import find_regions
 from moefx.parallel.roster import Roster
+from moefx.parallel.streamed import schedule_streamed
 from moefx.parallel.writer import Plan, Rank
 from moefx.passes.placement import ModelDims, Placement, Topology
 from moefx.passes.schedule import COMM, COPY, Mark, lint_graph, mark_of, order_graph, set_mark, simulate, tasks_of
@@ -28,6 +31,7 @@ from tests.placement_worker import WIDTH, Net
 
 ROOT = Path(__file__).resolve().parent.parent
 EQUAL = 1e-10
+EXAMPLE = torch.zeros(1, 16, WIDTH, dtype=torch.float64)
 HOMES = ((0, 1, 1, 0, 1, 0), (1, 0, 1, 1, 1, 0))
 
 
@@ -186,3 +190,57 @@ def test_a_layer_that_runs_twice_or_in_another_form_is_refused() -> None:
     graph = capture(net, (torch.zeros(1, 4, WIDTH, dtype=torch.float64),))
     with pytest.raises(PlanError, match="2 times"):
         find_regions(graph, ["ffns.0.experts"])
+
+
+# --------------------------------------------------------------------------------------------------- memory tiers
+
+
+def two_tiers(beta: float) -> Topology:
+    graph = nx.DiGraph()
+    graph.add_node("device", flops_per_s=1e7, memory_bytes_per_s=1e9)
+    graph.add_node("host", kind="memory", tier="host")
+    graph.add_edge("host", "device", alpha_s=1e-6, beta_s_per_byte=beta, resource="bus")
+    return Topology(graph)
+
+
+def with_tiers(*tiers: str) -> Placement:
+    """Layer by layer: ``h`` an expert in host memory, ``d`` one on the device."""
+    names = tuple(tuple({"h": "host", "d": "device"}[c] for c in row) for row in tiers)
+    return Placement(
+        strategy="by hand", devices=("device",), layers=tuple(f"ffns.{i}" for i in range(len(tiers))),
+        primary=((0,) * 6,) * len(tiers), tiers=names, objective=1.0, bound=1.0, balanced=1.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_streamed_experts_equal_resident_ones_and_return(gated: bool) -> None:
+    whole, net = (Net(torch.float64, gated=gated) for _ in range(2))
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    program = schedule_streamed(net, with_tiers("hhdhdd", "hhhhhh"), (EXAMPLE,), topology=two_tiers(1e-9), ahead=1)
+    assert net.ffns[1].experts.w_in.numel() == 0
+    for tokens in (16, 5):
+        x = torch.randn(1, tokens, WIDTH, generator=torch.Generator().manual_seed(tokens), dtype=torch.float64)
+        with torch.no_grad():
+            torch.testing.assert_close(program(x), whole(x), rtol=1e-12, atol=1e-12)
+        assert [weights.held for weights in program.weights] == [0, 0]
+    targets = [n.target for n in program.graph.nodes if n.target in (begin_load, evict)]
+    assert targets == [begin_load, evict, begin_load, evict]  # room for one layer: the second waits for the first
+    program.restore()
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+
+
+def test_loads_are_begun_early_where_there_is_room_and_late_ones_are_named() -> None:
+    plan = with_tiers("hhdhdd", "hhhhhh")
+    for beta, late in ((1e-12, 0), (1e-3, 2)):
+        program = schedule_streamed(Net(torch.float64), plan, (EXAMPLE,), topology=two_tiers(beta), ahead=2)
+        order = [n.target for n in program.graph.nodes]
+        assert order.index(begin_load) < order.index(torch.ops.moefx.group.default)
+        second = [i for i, target in enumerate(order) if target is begin_load][1]
+        assert second < order.index(evict)  # the second layer is on its way while the first computes
+        assert len(program.late) == late
+        assert {p.kind for p in program.late} <= {"deadline"}
+    with pytest.raises(PlanError, match="0 layers"):
+        schedule_streamed(Net(torch.float64), plan, (EXAMPLE,), topology=two_tiers(1e-9), ahead=0)
+    bare = plan.model_copy(update={"tiers": ()})
+    with pytest.raises(PlanError, match="tiers 0"):
+        schedule_streamed(Net(torch.float64), bare, (EXAMPLE,), topology=two_tiers(1e-9))

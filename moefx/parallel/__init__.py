@@ -20,6 +20,7 @@ from moefx.parallel.program import Program, schedule
 from moefx.parallel.roster import Roster
 from moefx.parallel.shards import load_shards, save_shards
 from moefx.parallel.state import average_expert_gradients, average_gradients, gather_experts, gather_state_dict
+from moefx.parallel.streamed import StreamedProgram, schedule_streamed
 from moefx.parallel.switch import switch
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "ParallelExperts",
     "Program",
     "Roster",
+    "StreamedProgram",
     "approximate",
     "average_expert_gradients",
     "average_gradients",
@@ -41,6 +43,7 @@ __all__ = [
     "save_shards",
     "schedule",
     "schedule_specialised",
+    "schedule_streamed",
     "split_guidance",
     "switch",
 ]

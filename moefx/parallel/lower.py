@@ -49,10 +49,7 @@ def divide_experts(
     for i, region in enumerate(find_regions(graph, paths)):
         writer = RegionWriter(graph, region, rosters[i], rank, None if costs is None else costs[i], plan)
         weights = writer.weights(copies or {})
-        y = WAYS[plan.way](writer, weights)
-        region.combine.replace_all_uses_with(y)
-        for node in (region.combine, *reversed(region.body), region.order, region.offsets, region.group):
-            graph.fx.erase_node(node)
+        writer.replace(WAYS[plan.way](writer, weights))
     if plan.way == FROZEN:
         _drop_routers(graph)
     graph.prune()

@@ -154,7 +154,7 @@ def _packed(w: RegionWriter, weights: Weights, slots: Node) -> Node:
     )
     rows = w.call(packed.arrive_rest, rest, there, x, group, role="dispatch", chunk=1, waits=True)
     ids = w.call(packed.rest_slots, rest, counted, w.ranks, mine, chunk=1)
-    done, back_order = w.experts(weights, rows, ids, 1, 1, free=True)
+    done, back_order = w.experts(weights, rows, ids, 1, 1, share=0.0)
     done = w.call(steps.in_order_of_arrival, done, back_order, role="expert", chunk=1)
     home = w.call(packed.return_rest, rest, done, group, role="combine", chunk=1, **more)
     rest_back = w.call(packed.returned_rest, rest, home, done, group, role="combine", chunk=1, waits=True)

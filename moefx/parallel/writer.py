@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from moefx.graph import Graph
 from moefx.graph.origin import origin_of
@@ -94,11 +96,35 @@ class RegionWriter:
         """Write a read of a tensor of the module of experts."""
         return self.node("get_attr", f"{self.region.path}.{name}")
 
+    def constant(self, name: str, value: Tensor) -> Node:
+        """Write a read of a tensor that belongs to the graph."""
+        self.graph.constants[name] = value
+        return self.node("get_attr", name)
+
+    def replace(self, y: Node) -> None:
+        """Let ``y`` stand for the layer's experts, and erase what was traced of them."""
+        region = self.region
+        for weight in region.weights:
+            for user in [u for u in weight.users if u not in region.body]:
+                self._keep_size(user)
+        region.combine.replace_all_uses_with(y)
+        for node in (region.combine, *reversed(region.body), region.order, region.offsets, region.group):
+            self.graph.fx.erase_node(node)
+
+    def _keep_size(self, size: Node) -> None:
+        """Make a number that was read off a whole stack of weights a constant: the stack will be another."""
+        value = size.meta.get("val")
+        assert isinstance(value, int | str | torch.dtype | torch.device), size
+        for user in list(size.users):
+            user.args, user.kwargs = (map_arg(tree, lambda n: value if n is size else n) for tree in _arguments(user))
+        self.graph.guards = [guard for guard in self.graph.guards if guard.node is not size]
+        self.graph.fx.erase_node(size)
+
     def first(self, function: Any) -> Node:
         """Return the first call of ``function`` that was written."""
         return next(node for node in self.written if node.target is function)
 
-    def item(self, node: Node, *keys: int) -> Node:
+    def item(self, node: Node, *keys: int | str) -> Node:
         """Write reads of an item, without a mark: they are free."""
         for key in keys:
             node = self.node("call_function", operator.getitem, (node, key))
@@ -131,11 +157,12 @@ class RegionWriter:
         """Return what an exchange of a few numbers costs."""
         return {} if self.cost is None else {"seconds": self.cost.latency_s}
 
-    def expert_cost(self) -> dict[str, Any]:
+    def expert_cost(self, share: float) -> dict[str, Any]:
         """Return what one part's experts cost."""
         if self.cost is None:
             return {}
-        return {"seconds": self.cost.expert_s / self.chunks, "holds_bytes": self.cost.buffer_bytes / self.chunks}
+        part = share / self.chunks
+        return {"seconds": part * self.cost.expert_s, "holds_bytes": part * self.cost.buffer_bytes}
 
     # -- the ways of tokens ----------------------------------------------------------------------------------------
 
@@ -167,10 +194,28 @@ class RegionWriter:
         return self.call(steps.slots_of, self.region.experts, *tables)
 
     def experts(
-        self, weights: dict[Node, Node], rows: Node, ids: Node, k: int, chunk: int, *, free: bool = False
+        self,
+        weights: dict[Node, Node],
+        rows: Node,
+        ids: Node,
+        k: int,
+        chunk: int,
+        *,
+        local: int | None = None,
+        share: float = 1.0,
     ) -> tuple[Node, Node]:
-        """Write the experts' own nodes over the rows that arrived; return their rows and the order of these."""
-        region, local = self.region, max(self.roster.slots_per_rank[self.rank.number], 1)
+        """Write the experts' own nodes over some rows; return what they make of them and the order of that.
+
+        Args:
+            weights: what stands for each stacked parameter.
+            rows: ``[A, D]``.
+            ids: of the experts among ``weights``, ``[A, k]``.
+            k: experts per row.
+            chunk: part of the tokens.
+            local: number of experts; those of this rank by default.
+            share: of what a part of the tokens costs.
+        """
+        region, local = self.region, local or max(self.roster.slots_per_rank[self.rank.number], 1)
         sort = self.call(GROUP, ids, local, role="expert", chunk=chunk)
         order, offsets = self.item(sort, 0), self.item(sort, 1)
         swap = weights | {region.x: rows, region.order: order, region.offsets: offsets}
@@ -182,7 +227,7 @@ class RegionWriter:
                 made.args = (*made.args[:5], k)
             made.meta["moefx"] = origin_of(node).stamped(RULE)
             made.meta.pop("val", None)
-            price = self.expert_cost() if node is busiest and not free else {}
+            price = self.expert_cost(share) if node is busiest else {}
             set_mark(made, Mark("expert", COMPUTE, layer=region.layer, chunk=chunk, **price))
             swap[node] = made
         last = region.combine.args[0]
@@ -194,3 +239,7 @@ class RegionWriter:
         y = sums[0] if len(sums) == 1 else self.call(steps.joined, sums, role="combine")
         y.meta["val"] = self.region.combine.meta["val"]
         return y
+
+
+def _arguments(node: Node) -> tuple[Any, Any]:
+    return node.args, node.kwargs

@@ -85,7 +85,8 @@ def _evicted(node: Node, nodes: Sequence[Node]) -> list[Problem]:
     place = {n: i for i, n in enumerate(nodes)}
     late = [
         user.name
-        for given_up in node.all_input_nodes
+        for given_up in node.args[:1]
+        if isinstance(given_up, Node)
         for user in _readers(given_up)
         if user is not node and place[user] > place[node]
     ]
