@@ -1,25 +1,10 @@
-"""Rewriting passes, one file each."""
+"""Rewriting passes, one file each: every module of this folder registers its pass when it is imported."""
 
-from moefx.passes.rewrite import (
-    attention_experts,
-    attention_mechanisms,
-    channel_groups,
-    channel_windows,
-    fresh_experts,
-    linear_mask,
-    low_rank_experts,
-    mixture_of_depths,
-    mixture_of_heads,
-    model_switch,
-    segments,
-    space_experts,
-    sparse_neurons,
-    split,
-    step_cache,
-    token_bypass,
-    upcycle,
-    weight_mixture,
-)
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
 from moefx.passes.rewrite.base import (
     BlockContext,
     BlockPass,
@@ -35,27 +20,8 @@ from moefx.passes.rewrite.base import (
     register_pass,
 )
 
-# Importing these modules registers their passes.
-_MODULES = (
-    attention_experts,
-    attention_mechanisms,
-    channel_groups,
-    channel_windows,
-    fresh_experts,
-    linear_mask,
-    low_rank_experts,
-    mixture_of_depths,
-    mixture_of_heads,
-    model_switch,
-    segments,
-    space_experts,
-    sparse_neurons,
-    split,
-    step_cache,
-    token_bypass,
-    upcycle,
-    weight_mixture,
-)
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)
 
 __all__ = [
     "BlockContext",
