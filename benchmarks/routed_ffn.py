@@ -80,9 +80,8 @@ act = partial(F.gelu, approximate="tanh")
 
 def moefx(case: Case) -> Tensor:
     order, offsets = ops.group(case.experts, case.w1.shape[0])
-    rows_RF = ops.grouped_linear(case.x, case.w1, None, order, offsets, case.experts.shape[1])
-    hidden_RF = ops.activate(act, rows_RF)
-    return ops.combine(ops.grouped_linear(hidden_RF, case.w2, None, None, offsets), order, case.gates)
+    stack = ops.FFNStack(case.w1, None, None, None, case.w2)
+    return ops.combine(ops.grouped_ffn(case.x, stack, act, order, offsets, case.experts.shape[1]), order, case.gates)
 
 
 def dense(case: Case) -> Tensor:

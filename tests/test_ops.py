@@ -338,7 +338,7 @@ def test_bad_arguments_are_refused_with_what_was_found(call: object, match: str)
 def test_every_form_of_the_cpu_product(
     dtype: torch.dtype, small: int, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_cpu, "_SMALL_ELEMENTS", small)
+    monkeypatch.setattr(_cpu, "SMALL_ELEMENTS", small)
     monkeypatch.setattr(_cpu, "_native", lambda _: native)
     chosen = ids(50, 2, 4)
     order, offsets = group(chosen, 4)

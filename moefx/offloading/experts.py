@@ -169,7 +169,7 @@ class _Product:
         bias_N = None if bias_N is None else bias_N.to(self._x.dtype)
         rows_AD = self._inputs(begin, end, bias_N is None, weight_ND)
         if self._x.is_cpu:
-            _cpu._matmul_into(self.out[begin:end], rows_AD, weight_ND.mT, bias_N)
+            _cpu.matmul_into(self.out[begin:end], rows_AD, weight_ND.mT, bias_N)
             return
         whole = torch.tensor([0, end - begin]).to(self._x.device, non_blocking=True)
         stacked_bias = None if bias_N is None else bias_N.unsqueeze(0)

@@ -2,14 +2,15 @@
 
 Five operators, each a ``torch.library.custom_op`` with a fake rule, a gradient, a fast CPU kernel and a kernel for
 other devices that never waits for them. They trace under ``torch.fx``, ``make_fx``, ``torch.export`` and
-``torch.compile``; no shape depends on what a router decided. ``activate`` is no operator but a call of a pointwise
-function that spares an eager forward pass its memory traffic. A routed FFN is::
+``torch.compile``; no shape depends on what a router decided. A routed FFN is::
 
     order, offsets = group(experts_TK, E)
     hidden = activate(act, grouped_linear(x_TD, w_in_EFD, b_in_EF, order, offsets, K))
     y_TD = combine(grouped_linear(hidden, w_out_EDF, b_out_ED, None, offsets, 1), order, weights_TK)
 
-and where experts choose tokens, so that a token has any number of rows, ``scatter`` stands for ``combine``.
+``activate`` is no operator but a call of a pointwise function that spares an eager forward pass its memory traffic;
+nor is ``grouped_ffn``, which stands for the two products and what is between them and spares training even more. And
+where experts choose tokens, so that a token has any number of rows, ``scatter`` stands for ``combine``.
 ``head_attention`` is attention in which queries choose their heads.
 
 Shapes: ``T`` tokens, ``K`` slots per token, ``R = T*K`` routed rows, ``E`` experts, ``I`` input and ``N`` output width.
@@ -21,8 +22,19 @@ from __future__ import annotations
 from moefx.ops.activate import activate, unseen
 from moefx.ops.combine import combine
 from moefx.ops.group import group
+from moefx.ops.grouped_ffn import FFNStack, grouped_ffn
 from moefx.ops.grouped_linear import grouped_linear
 from moefx.ops.head_attention import head_attention
 from moefx.ops.scatter import scatter
 
-__all__ = ["activate", "combine", "group", "grouped_linear", "head_attention", "scatter", "unseen"]
+__all__ = [
+    "FFNStack",
+    "activate",
+    "combine",
+    "group",
+    "grouped_ffn",
+    "grouped_linear",
+    "head_attention",
+    "scatter",
+    "unseen",
+]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moefx.ops._checks import grouped_mm_takes
 
-_SMALL_ELEMENTS = 2**20
+SMALL_ELEMENTS = 2**20
 
 
 def rows_times_groups(
@@ -33,7 +33,7 @@ def rows_times_groups(
     biases = [None] * len(sizes) if bias_EB is None else bias_EB.unbind(0)
     groups = zip(_inputs(x, order_R, k, sizes), weight_EAB.unbind(0), biases, _split(out_RB, sizes), strict=True)
     for x_MA, weight_AB, bias_B, out_MB in groups:
-        _matmul_into(out_MB, x_MA, weight_AB, bias_B)
+        matmul_into(out_MB, x_MA, weight_AB, bias_B)
     out_RB[sum(sizes) :].zero_()
     return out_RB
 
@@ -46,7 +46,7 @@ def groups_of_outer_products(a_RA: Tensor, x: Tensor, order_R: Tensor | None, k:
     sizes: list[int] = offsets.diff().tolist()
     out_EAB = a_RA.new_empty((len(sizes), a_RA.shape[1], x.shape[1]))
     for a_MA, x_MB, out_AB in zip(_split(a_RA, sizes), _inputs(x, order_R, k, sizes), out_EAB.unbind(0), strict=True):
-        _matmul_into(out_AB, a_MA.t(), x_MB)
+        matmul_into(out_AB, a_MA.t(), x_MB)
     return out_EAB
 
 
@@ -65,7 +65,7 @@ def _is_small(elements: int, left: Tensor, right: Tensor) -> bool:
     That saves 4 us per group. A large result gains more from rows gathered into cache, group by group.
     """
     legal = left.dtype in (torch.float32, torch.bfloat16) and _native(left.dtype)
-    return legal and elements <= _SMALL_ELEMENTS and grouped_mm_takes(left, right)
+    return legal and elements <= SMALL_ELEMENTS and grouped_mm_takes(left, right)
 
 
 def _split(rows: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
@@ -95,7 +95,7 @@ def _native(dtype: torch.dtype) -> bool:
     return hasattr(torch.ops.mkldnn, probe) and bool(getattr(torch.ops.mkldnn, probe)())
 
 
-def _matmul_into(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None = None) -> None:
+def matmul_into(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor, bias_N: Tensor | None = None) -> None:
     """Write ``a @ b (+ bias)`` into ``out``; products of half precision accumulate in float32."""
     if not _native(out_MN.dtype):
         exact_MN = a_MK.float() @ b_KN.float()

@@ -42,8 +42,12 @@ def activate(act: Callable[..., Any], rows: Tensor) -> Tensor:
 
 def unseen(rows: Tensor) -> bool:
     """Say whether neither autograd nor a tracer records this call, so that it may read values and overwrite."""
-    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if tracing or type(rows) is not Tensor or torch.is_grad_enabled():
+    return untraced(rows) and not torch.is_grad_enabled()
+
+
+def untraced(rows: Tensor) -> bool:
+    """Say whether no tracer or mode sees this call, so that it may read values."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or type(rows) is not Tensor:
         return False
     return not (torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
 

@@ -101,12 +101,8 @@ class Experts(_FeedForward):
         order, offsets = ops.group(experts_TK, self.num_experts)
         if loop_pays(x_TD, self.weights(), gates_TK, offsets):
             return self._with_bias(run_loop(x_TD, self.weights(), self.act, order, offsets, gates_TK))
-        h = ops.grouped_linear(x_TD, self.w_in, self.b_in, order, offsets, k)
-        if self.w_gate is None:
-            h = ops.activate(self.act, h)
-        else:
-            h = self.act(h, ops.grouped_linear(x_TD, self.w_gate, self.b_gate, order, offsets, k))
-        rows = ops.grouped_linear(h, self.w_out, None, None, offsets)
+        stack = ops.FFNStack(self.w_in, self.b_in, self.w_gate, self.b_gate, self.w_out)
+        rows = ops.grouped_ffn(x_TD, stack, self.act, order, offsets, k)
         return self._with_bias(ops.combine(rows, order, gates_TK))
 
     def by_expert(self, x_TD: Tensor, tokens_EC: Tensor, gates_EC: Tensor) -> Tensor:
