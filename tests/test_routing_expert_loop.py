@@ -7,15 +7,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moefx.routing import Experts, activation
+from moefx.routing import Experts, activation, expert_loop
 from moefx.routing.expert_loop import loop_pays
 from moefx.routing.weights import FFNWeights, random_weights
 
 E = 5
+
+
+@pytest.fixture(autouse=True)
+def _any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expert_loop, "_SMALL_ELEMENTS", 1)
 
 
 def _experts(gated: bool = False, bias: bool = True, hidden: int = 3, dtype: torch.dtype = torch.float64) -> Experts:
@@ -47,7 +52,7 @@ def _written_out(experts: Experts, x: Tensor, chosen: Tensor, gates: Tensor) -> 
     return y if w.b_out is None else y + w.b_out
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     tokens=st.integers(0, 9),
     slots=st.integers(1, E),
@@ -78,7 +83,7 @@ def test_a_token_without_an_expert_may_be_nan_and_an_expert_may_come_twice() -> 
     torch.testing.assert_close(found[1:], _written_out(experts, x, chosen, gates)[1:].detach(), rtol=1e-12, atol=1e-12)
 
 
-def test_what_others_must_see_stays_in_the_operators() -> None:
+def test_what_others_must_see_stays_in_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     experts, (x, chosen, gates) = _experts(dtype=torch.float32), _inputs(7, E, 0.5, torch.float32)
     weights, offsets = experts.weights(), torch.tensor([0, 1])
     assert not loop_pays(x, weights, gates, offsets)  # gradients are on
@@ -87,6 +92,9 @@ def test_what_others_must_see_stays_in_the_operators() -> None:
         assert not loop_pays(x, weights, gates, torch.tensor([0, gates.numel()]))
         assert not loop_pays(x.bfloat16(), weights, gates, offsets)
         assert not loop_pays(x.to("meta"), weights, gates, offsets)
+        monkeypatch.setattr(expert_loop, "_SMALL_ELEMENTS", 2**20)
+        assert not loop_pays(x, weights, gates, offsets)
+        monkeypatch.setattr(expert_loop, "_SMALL_ELEMENTS", 1)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert not loop_pays(x, weights, gates, offsets)
         eager = experts(x, chosen, gates)

@@ -21,9 +21,14 @@ from torch import Tensor
 from moefx import ops
 from moefx.routing.weights import FFNWeights
 
+# Rows of slots, empty or not, times their width: below it the loop costs more than the rows (64 tokens of width 32).
+_SMALL_ELEMENTS = 2**20
+
 
 def loop_pays(x_TD: Tensor, weights: FFNWeights, gates_TK: Tensor, offsets: Tensor) -> bool:
-    """Say whether nobody records this call, a CPU runs it, its dtype needs no wider sum, and a slot is empty."""
+    """Say whether nobody records a large call on a CPU whose dtype needs no wider sum, and a slot is empty."""
+    if gates_TK.numel() * weights.out_dim < _SMALL_ELEMENTS:
+        return False
     if x_TD.device.type != "cpu" or not ops.unseen(x_TD) or torch.is_autocast_enabled("cpu"):
         return False
     exact = x_TD.dtype == weights.w_in.dtype == gates_TK.dtype and x_TD.dtype in (torch.float32, torch.float64)
