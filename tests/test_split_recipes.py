@@ -267,9 +267,18 @@ def test_chess(rows: int) -> None:
     x = torch.randn(6, 5, 16, dtype=F64)
     t = torch.tensor([0.0, 332.0, 334.0, 600.0, 700.0, 1000.0])
     row = torch.tensor([0, 0, 1, 1, 2, 2]) if rows == 3 else torch.zeros(6, dtype=torch.long)
-    kept = plain.hidden(x) * (plain.hidden(x).abs() > layer.threshold[row].double()[:, None])
-    found = layer(x, *([t] if rows > 1 else []))
-    assert relative(found, kept @ plain.w2.T + plain.b2) < 1e-10
+    one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
+    on = (plain.hidden(x).abs() > layer.threshold[row].double()[:, None]).double().detach()
+    found = layer(one, *([t] if rows > 1 else []))
+    wanted = (plain.hidden(two) * on) @ plain.w2.T + plain.b2
+    assert relative(found, wanted) < 1e-10
+    weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(6), dtype=F64)
+    (found * weight).sum().backward()
+    (wanted * weight).sum().backward()
+    assert 0 < float(on.mean()) < 1
+    mine, theirs = (layer.w_in, layer.b_in, layer.w_out, layer.b_out), (plain.w1, plain.b1, plain.w2, plain.b2)
+    for a, b in zip((one, *mine), (two, *theirs), strict=True):
+        assert relative(a.grad, b.grad) < 1e-10
 
 
 def test_moefx_split() -> None:
@@ -318,6 +327,37 @@ def test_moefx_split() -> None:
     tokens = all_tokens(dense).view(4, -1, 16)
     target = dense.get_submodule(NAME)(tokens)
     assert relative(routed(tokens), target) < relative(plainly(tokens), target)
+
+
+def test_moefx_split_learns_as_its_equation_says() -> None:
+    """y = S(x) + b + sum of E_e(x) + o_e over the slices whose score exceeds the cut, from the layer's own parameters."""
+    routed = convert("moefx-split", experts=12, shared=4, top_k=4)[1].get_submodule(NAME).double()
+    experts, shared = routed.experts.experts, routed.shared
+    learnt = [
+        experts.w_in,
+        experts.b_in,
+        experts.w_out,
+        experts.b_out,
+        routed.experts.offset,
+        shared.w_in,
+        shared.w_out,
+    ]
+    x = torch.randn(2, 10, 16, generator=torch.Generator().manual_seed(5), dtype=F64)
+    one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
+    on = (two @ routed.router.weight.T + routed.router.bias > routed.selector.cut.flatten()).detach()
+    wanted = gelu(two @ shared.w_in.T + shared.b_in) @ shared.w_out.T + experts.b_out
+    for e in range(12):
+        part = gelu(two @ experts.w_in[e].T + experts.b_in[e]) @ experts.w_out[e].T + routed.experts.offset[e]
+        wanted = wanted + on[..., e : e + 1] * part
+    found = routed(one)
+    assert 1 < float(on.double().sum(-1).mean()) < 8
+    assert relative(found, wanted) < 1e-10
+    weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(6), dtype=F64)
+    mine = torch.autograd.grad((found * weight).sum(), [one, *learnt], allow_unused=True)
+    theirs = torch.autograd.grad((wanted * weight).sum(), [two, *learnt], allow_unused=True)
+    for a, b in zip(mine, theirs, strict=True):
+        assert (a is None) is (b is None)
+        assert b is None or relative(a, b) < 1e-10
 
 
 def test_a_width_bounds_the_slices_of_a_token() -> None:
