@@ -330,7 +330,7 @@ def test_moefx_split() -> None:
 
 
 def test_moefx_split_learns_as_its_equation_says() -> None:
-    """y = S(x) + b + sum of E_e(x) + o_e over the slices whose score exceeds the cut, from the layer's own parameters."""
+    """y = S(x) + b + sum of E_e(x) + o_e over the slices above the cut, from the layer's parameters."""
     routed = convert("moefx-split", experts=12, shared=4, top_k=4)[1].get_submodule(NAME).double()
     experts, shared = routed.experts.experts, routed.shared
     learnt = [
