@@ -63,7 +63,7 @@ GROUPS: dict[str, tuple[Callable[..., Numbers], ...]] = {
 
 def main(names: str, folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120 if "lost" not in names else 30))
     results: dict[str, Any] = {}
     for run in (run for name in names.split("+") for run in GROUPS[name]):
         everyone: list[Numbers] = [{} for _ in range(dist.get_world_size())]

@@ -26,6 +26,7 @@ from moefx.offloading.pins import choose_pins
 from moefx.offloading.store import FileStore
 from moefx.passes.placement import RoutingTrace
 from moefx.routing import Experts, LinearRouter, RoutedFFN, random_weights
+from moefx.routing.slices import OffsetExperts
 
 LAYERS, EXPERTS, WIDTH, HIDDEN = 3, 6, 16, 24
 
@@ -87,6 +88,20 @@ def test_results_are_those_of_the_resident_model_to_the_bit(
     assert offload_stats(model).read_bytes > 0
     onload(model)
     assert torch.equal(model(inputs[2]), wanted[2])
+
+
+def test_experts_behind_others_are_streamed_too() -> None:
+    """Slices with constants for those left out: their stack lies behind another module."""
+    model = Net(torch.float32).eval()
+    for ffn in model.ffns:
+        ffn.experts = OffsetExperts(ffn.experts, torch.randn(EXPERTS, WIDTH))  # type: ignore[arg-type]
+    x, names = torch.randn(1, 40, WIDTH), list(model.state_dict())
+    wanted = model(x)
+    offload(model, budget_for(model, pinned=4))
+    assert torch.equal(model(x), wanted)
+    assert offload_stats(model).read_bytes > 0
+    assert list(model.state_dict()) == names
+    assert torch.equal(onload(model)(x), wanted)
 
 
 @pytest.mark.parametrize("name", ["DiTTransformer2DModel", "FluxTransformer2DModel"])

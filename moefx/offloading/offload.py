@@ -18,6 +18,7 @@ from moefx.offloading.pins import Pins, choose_pins, room_for_pins
 from moefx.offloading.store import FileStore, HostStore, Store
 from moefx.offloading.stream import LeastRecentlyUsed, OffloadStats, Piece, Scheduled, Stream
 from moefx.passes.placement import RoutingTrace, routed_layers
+from moefx.passes.placement.stacks import stack_of
 from moefx.routing.experts import Experts
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -40,7 +41,8 @@ def offload(
     page-locked host memory (accelerators) or in memory-mapped safetensors files (CPU, or if a folder is given), and are
     loaded while the layers before them compute. Results are those of the resident model to the bit.
 
-    The state dict is complete at all times, so the model can be saved. Experts that are whole modules stay resident.
+    The state dict is complete at all times, so the model can be saved. Experts that are whole modules, linear
+    maps or low-rank deltas stay resident.
 
     Args:
         model: a model with routed FFNs.
@@ -119,7 +121,8 @@ def _candidates(model: object, asked: str) -> dict[str, Experts]:
         raise InputError(asked, found=f"a {type(model).__name__}", do="pass a torch.nn.Module")
     if any(isinstance(module, OffloadedExperts) for module in model.modules()):
         raise PlanError(asked, found="it is offloaded already", do="call moefx.onload(model) first")
-    layers = {name: r.experts for name, r in routed_layers(model).items() if type(r.experts) is Experts}
+    stacks = {name: stack_of(layer).experts for name, layer in routed_layers(model).items()}
+    layers = {name: experts for name, experts in stacks.items() if type(experts) is Experts}
     if not layers:
         raise NothingMatched(asked, found="no stacked feed-forward experts", do="offload a model with routed FFNs")
     if len({id(experts) for experts in layers.values()}) < len(layers):
@@ -213,7 +216,7 @@ def _stream(
 def _install(model: nn.Module, layers: dict[str, Experts], made: list[OffloadedExperts], device: torch.device) -> None:
     """Put the new modules in place of the old, and only then let the old weights go."""
     for (name, experts), new in zip(layers.items(), made, strict=True):
-        model.get_submodule(name)._modules["experts"] = new
+        stack_of(model.get_submodule(name)).owner._modules["experts"] = new
         for parameter in stacked(experts).values():
             parameter.data = parameter.data.new_empty(0)
     model.to(device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 from torch import nn
@@ -86,30 +86,11 @@ def parallelize(
     """
     asked = f"parallelize {type(model).__name__}"
     group, data = _groups(mesh, asked)
-    problem: MoefxError | None = None
-    tiers: Tiers | None = None
-    facts = {"the placements": _NO_DIGEST, "the models' parameters": _NO_DIGEST, "the models' weights": _NO_DIGEST}
-    try:
-        placement = _made(placement)
-        _check(model, group, placement, asked)
-        _check_options(chunks, once, overlap_shared, asked)
-        for name in floating:
-            check_part(model, name, asked)
-        rank = dist.get_rank(group)
-        tiers = plan_tiers(model, placement, rank, asked, budget=budget, staging=staging, folder=folder)
-    except MoefxError as error:
-        problem = error
-    else:
-        weights = weights_digest(model) if verify else _NO_DIGEST
-        plan = text_digest(
-            f"{placement.digest.hex()} {chunks} {once} {overlap_shared} {list(floating)} {budget is None}"
-        )
-        facts = dict(zip(facts, (plan, structure_digest(model), weights), strict=True))
-    _agree_everywhere(asked, facts, problem, [group, data])
-    assert isinstance(placement, Placement)
+    how = _How(chunks, once, overlap_shared, tuple(floating), budget, staging, folder)
+    plan, tiers = _agreed(model, placement, how, [group, data], asked, verify=verify)
     # A group of its own: collectives of data parallelism must not slip in between those of a layer.
     own = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
-    rank, layout = dist.get_rank(own), placement.layouts[0]
+    rank, layout = dist.get_rank(own), plan.layouts[0]
     for i, layer in enumerate(routed_layers(model).values()):
         stack = stack_of(layer)
         kind: Any = KINDS[type(stack.experts)]
@@ -120,13 +101,66 @@ def parallelize(
         install(model, name, asked)
     if tiers is not None:
         install_tiers(model, list(parallel_layers(model).values()), tiers)
-    model.__dict__[PLACEMENT] = placement
+    model.__dict__[PLACEMENT] = plan
     model.__dict__[DATA_GROUP] = None if data is None else data.group_name
     _leave_to_us(model)
     return model
 
 
+class _How(NamedTuple):
+    """The options of :func:`parallelize` that are no objects of torch."""
+
+    chunks: int
+    once: bool
+    overlap_shared: bool
+    floating: tuple[str, ...]
+    budget: int | str | None
+    staging: int
+    folder: str | os.PathLike[str] | None
+
+    @property
+    def agreed(self) -> str:
+        """What must be the same on all ranks; budgets may differ."""
+        return repr((self.chunks, self.once, self.overlap_shared, self.floating, self.budget is None))
+
+
+def _agreed(
+    model: nn.Module,
+    placement: Any,
+    how: _How,
+    groups: list[dist.ProcessGroup | None],
+    asked: str,
+    *,
+    verify: bool,
+) -> tuple[Placement, Tiers | None]:
+    """Return the plan and what stays on this rank, if all ranks can do it, and the same; nothing is changed."""
+    problem: MoefxError | None = None
+    made: Any = None
+    tiers: Tiers | None = None
+    facts = {"the placements": _NO_DIGEST, "the models' parameters": _NO_DIGEST, "the models' weights": _NO_DIGEST}
+    group = groups[0]
+    assert group is not None
+    try:
+        made = _made(placement)
+        _check(model, group, made, asked)
+        _check_options(how.chunks, how.once, how.overlap_shared, asked)
+        for name in how.floating:
+            check_part(model, name, asked)
+        sizes: dict[str, Any] = {"budget": how.budget, "staging": how.staging, "folder": how.folder}
+        tiers = plan_tiers(model, made, dist.get_rank(group), asked, **sizes)
+    except MoefxError as error:
+        problem = error
+    else:
+        weights = weights_digest(model) if verify else _NO_DIGEST
+        plan = text_digest(made.digest.hex() + how.agreed)
+        facts = dict(zip(facts, (plan, structure_digest(model), weights), strict=True))
+    _agree_everywhere(asked, facts, problem, groups)
+    assert isinstance(made, Placement)
+    return made, tiers
+
+
 def _made(placement: Any) -> Any:
+    """Read or make the plan."""
     if isinstance(placement, str | os.PathLike):
         return Placement.open(Path(placement))
     return placement() if callable(placement) else placement

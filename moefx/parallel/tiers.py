@@ -11,13 +11,14 @@ from __future__ import annotations
 import os
 import weakref
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moefx.errors import PlanError
+from moefx.errors import InputError, PlanError
 from moefx.model.save import parse_size
 from moefx.offloading.layout import Layout
 from moefx.offloading.offload import stream_experts
@@ -61,12 +62,15 @@ def plan_tiers(
 
     Raises:
         OptionError: the budget is no size.
+        InputError: there is no such folder.
         PlanError: not even what always stays fits: by how much, and which budget would do; or the layout changes.
     """
     if budget is None and not placement.tiers:
         return None
     if placement.windows:
         raise PlanError(asked, found="a plan with windows, and experts that are streamed", do="plan without windows")
+    if folder is not None and not Path(folder).is_dir():
+        raise InputError(asked, found=f"no folder {str(folder)!r}", do="make it first")
     counts, sizes, uses, shared = [], [], [], sum(p.nbytes for p in (*model.parameters(), *model.buffers()))
     for i, layer in enumerate(routed_layers(model).values()):
         experts, roster = stack_of(layer).experts, Roster.of(placement, i)
