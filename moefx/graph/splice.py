@@ -38,6 +38,23 @@ class Splice:
         """Insert a function call before ``around``; its shape is computed."""
         return self._create("call_function", function, args, around, self._propagate(function, args))
 
+    def argument(self, name: str, *, val: Any) -> Node:
+        """Let the graph take one more argument, which may be left out."""
+        first = next(iter(self.graph.fx.nodes))
+        with self.graph.fx.inserting_before(next(n for n in self.graph.fx.nodes if n.op != "placeholder")):
+            node: Node = self.graph.fx.placeholder(name, default_value=None)
+        node.meta |= {"moefx": origin_of(first).stamped(self.rule), "val": val, "optional": True}
+        self.graph.touch()
+        return node
+
+    def after(self, node: Node, function: Callable[..., Any], args: tuple[Any, ...], *, val: Any = None) -> Node:
+        """Insert ``function(node, *args)`` right after ``node``."""
+        with self.graph.fx.inserting_after(node):
+            made = self.graph.fx.call_function(function, (node, *args))
+        made.meta |= {"moefx": origin_of(node).stamped(self.rule), "val": val}
+        self.graph.touch()
+        return made
+
     def copy(self, node: Node, swap: Mapping[Node, Node], *, around: Node) -> Node:
         """Insert a copy of ``node`` before ``around`` that reads ``swap[x]`` instead of x; its shape stays."""
         with self.graph.fx.inserting_before(around):

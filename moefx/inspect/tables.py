@@ -63,6 +63,9 @@ def _plan_head(plan: Plan) -> list[str]:
     for rule in plan.passes:
         options = ", ".join(f"{key}={value}" for key, value in rule.options.items())
         lines += wrap(f"  pass {rule.name} {clean(options)}", "    ")
+    for value in plan.carried:
+        what = "carried from layer to layer through" if not value.node else "passed down to"
+        lines.append(f"  {value.name}: {what} {len(value.blocks)} blocks of {clean(value.source) or 'the model'}")
     return [
         *lines,
         f"  parameters {count(cost.parameters_before)} -> {count(cost.parameters_after)}"

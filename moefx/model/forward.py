@@ -6,16 +6,18 @@ instead of computing something else.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import linecache
 from collections import OrderedDict
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.fx import Graph as FxGraph
 from torch.fx import Node
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from moefx.errors import CaptureError, GuardError
@@ -23,13 +25,37 @@ from moefx.graph import Graph
 from moefx.graph.guards import describe_node
 
 Forward = Callable[..., Any]
+CALL_CHILD = "_moefx_call_child"
 _compiled: dict[Any, Forward] = {}
+
+
+class HandedOn(NamedTuple):
+    """What a block returns that hands states on: its own output, and they."""
+
+    output: Any
+    states: tuple[torch.Tensor, ...]
+
+
+def received(value: Any, index: int, name: str) -> Any:
+    """Return the output (-1) or a state of a block that hands states on.
+
+    Raises:
+        GuardError: something between it and its caller returned only an output.
+    """
+    if not isinstance(value, HandedOn):
+        raise GuardError(
+            f"take the routers' state from {name!r}",
+            found=f"it returned a {type(value).__name__} without state: a cache or a hook answered in its place",
+            do="remove that, or route without memory (state='none')",
+        )
+    return value.output if index < 0 else value.states[index]
 
 
 def expect(value: Any, captured: Any, name: str) -> None:
     """Raise :class:`GuardError` unless ``value`` is what the capture saw."""
-    # A value that is being traced says what it stands for by __class__, not by type().
-    if value is captured or (value.__class__ is captured.__class__ and value == captured):
+    # A value that is being traced says what it stands for by __class__, not by type(); a float does so by neither.
+    alike = value.__class__ is captured.__class__ or (isinstance(captured, float) and isinstance(value, float))
+    if value is captured or (alike and value == captured):
         return
     raise GuardError(
         f"call a rewritten module with {name} = {_short(value)}",
@@ -61,17 +87,23 @@ def expect_tensor(value: Any, ndim: int, name: str) -> None:
     )
 
 
-def make_forward(graph: Graph, empty: Collection[str] = (), flag: str = "") -> Forward:
+def make_forward(
+    graph: Graph, empty: Collection[str] = (), flag: str = "", checkpointed: Collection[str] = ()
+) -> Forward:
     """Return a forward method for the module ``graph`` was captured from.
 
     Arguments named in ``empty`` may be None or an empty dict, whichever the capture saw. The argument ``flag`` says
-    whether an output class is wanted or the plain tuple of its values.
+    whether an output class is wanted or the plain tuple of its values. Children in ``checkpointed`` are called through
+    diffusers' gradient checkpointing while that is enabled.
+
+    Arguments that the graph was given by `Splice.argument` follow the original ones; with values beyond its original
+    output it returns `HandedOn`.
 
     Raises:
         CaptureError: the graph holds something that plain Python source cannot express.
     """
     _check_expressible(graph)
-    fx = _with_signature(graph, empty, flag)
+    fx = _with_signature(graph, empty, flag, checkpointed)
     code = fx.python_code(root_module="self")
     key = (code.src, tuple(sorted((name, id(value)) for name, value in code.globals.items())))
     if key not in _compiled:
@@ -97,7 +129,7 @@ def _check_expressible(graph: Graph) -> None:
         raise CaptureError(f"rewrite {owner}", found=note, do="skip this site")
 
 
-def _with_signature(graph: Graph, empty: Collection[str], flag: str) -> FxGraph:
+def _with_signature(graph: Graph, empty: Collection[str], flag: str, checkpointed: Collection[str]) -> FxGraph:
     """Copy the graph under the original signature, with checks of everything the capture fixed."""
     spec = graph.call_spec
     assert spec is not None
@@ -105,7 +137,11 @@ def _with_signature(graph: Graph, empty: Collection[str], flag: str) -> FxGraph:
     env: dict[Node, Node] = {}
     bound = pytree.tree_unflatten(_leaves(graph), spec.spec)
     parameters = list(spec.signature.parameters.values())
-    holders = {p.name: _placeholder(new, p) for p in parameters}
+    last = [p for p in parameters if p.kind == p.VAR_KEYWORD]
+    holders = {p.name: _placeholder(new, p) for p in parameters if p not in last}
+    added = [node for node in graph.fx.nodes if node.meta.get("optional")]
+    env |= {node: new.placeholder(str(node.target), default_value=None) for node in added}
+    holders |= {p.name: _placeholder(new, p) for p in last}
     for parameter in parameters:
         if parameter.name in empty:
             new.call_function(expect_nothing, (holders[parameter.name], parameter.name))
@@ -113,6 +149,9 @@ def _with_signature(graph: Graph, empty: Collection[str], flag: str) -> FxGraph:
         if parameter.name == flag:
             continue
         _unpack(new, env, holders[parameter.name], bound.get(parameter.name), parameter.name)
+    for node in added:
+        if isinstance(node.meta["val"], torch.Tensor):
+            new.call_function(expect_tensor, (env[node], node.meta["val"].ndim, str(node.target)))
     guards = {guard.node: guard for guard in graph.guards}
     for node in graph.fx.nodes:
         if node.op == "placeholder":
@@ -121,6 +160,10 @@ def _with_signature(graph: Graph, empty: Collection[str], flag: str) -> FxGraph:
             leaves = [n if not isinstance(n, Node) else env[n] for n in node.args[0]]
             new.output(_output(new, graph, leaves, holders.get(flag)))
             continue
+        elif node.op == "call_module" and node.target in checkpointed:
+            arguments = map_arg((node.args, node.kwargs), lambda n: env[n])
+            child = new.get_attr(str(node.target))
+            copied = env[node] = new.call_module(CALL_CHILD, (child, *arguments[0]), arguments[1])
         else:
             copied = env[node] = new.node_copy(node, lambda n: env[n])
         if node in guards:
@@ -162,6 +205,13 @@ def _item(holder: Any, key: Any) -> Any:
 
 def _output(new: FxGraph, graph: Graph, leaves: list[Any], flag: Node | None) -> Any:
     """Return what the new forward returns: plain containers, or a call of the output class."""
+    count = graph.out_spec.num_leaves if graph.out_spec is not None else len(leaves)
+    own, added = leaves[:count], leaves[count:]
+    tree = _own_output(new, graph, own, flag)
+    return new.call_function(HandedOn, (tree, tuple(added))) if added else tree
+
+
+def _own_output(new: FxGraph, graph: Graph, leaves: list[Any], flag: Node | None) -> Any:
     tree: Any = pytree.tree_unflatten(leaves, graph.out_spec) if graph.out_spec is not None else leaves[0]
     if type(tree) in (Node, list, tuple, dict):
         return tree
@@ -177,6 +227,16 @@ def _output(new: FxGraph, graph: Graph, leaves: list[Any], flag: Node | None) ->
 
 def _as_wanted(flag: bool, made: Any) -> Any:
     return made if flag else made.to_tuple()
+
+
+def call_child(self: nn.Module, child: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call a child the way diffusers' models do: through gradient checkpointing while that is enabled."""
+    owner: Any = self
+    if not (torch.is_grad_enabled() and owner.gradient_checkpointing):
+        return child(*args, **kwargs)
+    # The checkpointing function takes positional arguments only.
+    called = functools.partial(child, **kwargs) if kwargs else child
+    return owner._gradient_checkpointing_func(called, *args)
 
 
 def has_own_forward(module: nn.Module) -> bool:

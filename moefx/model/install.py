@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from moefx.errors import PlanError
-from moefx.model.forward import Forward
+from moefx.model.forward import CALL_CHILD, Forward, call_child
 
 _subclasses: dict[Any, type] = {}
 
@@ -68,6 +68,21 @@ def changed_clone(module: nn.Module, change: Change) -> nn.Module:
     for name in change.children:
         _own_down_to(clone, name)
     _apply(clone, change, Undo(change.path))
+    return clone
+
+
+def changed_tree(model: nn.Module, path: str, changes: list[Change]) -> nn.Module:
+    """Return a copy of the module at ``path`` with all changes to it and to what is in it; parameters are shared."""
+    clone = changed_clone(model.get_submodule(path), Change(path))
+    for change in changes:
+        if path and change.path != path and not change.path.startswith(f"{path}."):
+            continue
+        local = change.path[len(path) :].lstrip(".")
+        for name in change.children:
+            _own_down_to(clone, f"{local}.{name}".lstrip("."))
+        # A name below the module itself makes that module the clone's own.
+        _own_down_to(clone, f"{local}.x" if local else "x")
+        _apply(clone.get_submodule(local), change, Undo(change.path))
     return clone
 
 
@@ -153,7 +168,12 @@ def subclass_with(cls: type[nn.Module], forward: Forward) -> type[nn.Module]:
     """Return a subclass of ``cls`` of the same name whose forward is ``forward``; one per pair."""
     key = (cls, forward)
     if key not in _subclasses:
-        body: dict[str, Any] = {"forward": forward, "__reduce_ex__": _refuse_pickle, "__copy__": _copy}
+        body: dict[str, Any] = {
+            "forward": forward,
+            CALL_CHILD: call_child,
+            "__reduce_ex__": _refuse_pickle,
+            "__copy__": _copy,
+        }
         if not hasattr(cls, "__deepcopy__"):
             body["__deepcopy__"] = _deepcopy
         for name in ("__module__", "__qualname__", "__doc__"):

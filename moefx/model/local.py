@@ -6,6 +6,7 @@ whole model's example inputs.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -153,10 +154,42 @@ def output_flag(module: nn.Module, inputs: JSON, graph: Graph, expand: Collectio
     return "return_dict" if is_tuple and not _difference(graph, plain) else ""
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Return the device of a module's first tensor, or the CPU."""
+    first = next(itertools.chain(module.parameters(), module.buffers()), None)
+    return first.device if first is not None else torch.device("cpu")
+
+
+def checkpointed_children(module: nn.Module, inputs: JSON, expand: Collection[str] = ()) -> frozenset[str]:
+    """Return the children that the forward calls through diffusers' gradient checkpointing once that is enabled.
+
+    A capture takes the branch without it; a forward written anew has to take either.
+    """
+    if not hasattr(module, "gradient_checkpointing"):
+        return frozenset()
+    paths = {id(child): path for path, child in module.named_modules()}
+    found: set[str] = set()
+
+    def seen(function: Any, *args: Any) -> Any:
+        found.add(paths.get(id(function), ""))
+        return function(*args)
+
+    state = module.__dict__
+    before = dict(state)
+    state |= {"gradient_checkpointing": True, "_gradient_checkpointing_func": seen}
+    try:
+        _capture(module, inputs, "children", expand)
+    except CaptureError:
+        return frozenset()
+    finally:
+        state.clear()
+        state.update(before)
+    return frozenset(found - {""})
+
+
 def example_call(module: nn.Module, inputs: JSON, mode: FakeTensorMode) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the described inputs as fake tensors on the module's device."""
-    tensors = [*module.parameters(), *module.buffers()]
-    device = tensors[0].device if tensors else torch.device("cpu")
+    device = device_of(module)
     args = tuple(decode(a, mode, device) for a in inputs["args"])
     return args, {k: decode(v, mode, device) for k, v in inputs["kwargs"].items()}
 

@@ -31,13 +31,35 @@ class TapPlan(_Data):
     width: int
 
 
+class CarriedPlan(_Data):
+    """A value that passes from module to module as the argument ``name``.
+
+    It is the tap ``node`` in the forward of ``source``, or with ``node = ""`` a state that each of ``blocks`` takes
+    from the one before and returns beside its output; ``value`` says what tensor.
+    """
+
+    name: str
+    source: str
+    blocks: tuple[str, ...]
+    value: JSON
+    node: str = ""
+
+
+class CarrierPlan(_Data):
+    """A module whose forward passes values on: how it is called."""
+
+    path: str
+    inputs: JSON
+
+
 class SitePlan(_Data):
     """One site to rewrite.
 
     ``module`` is the module that is replaced as a whole, ``block`` the one whose own forward is rewritten (with the
     children in ``expand`` written out); a site has one or both. ``weights`` identify the site inside the block;
-    ``tokens`` says where the tokens of a whole block are, ``segment`` those of several, ``layer`` which of the
-    ``layers`` blocks it is. Counts are per token for compute, in elements for parameters.
+    ``state`` names the carried value by which its router knows the one of the layer before. ``tokens``
+    says where the tokens of a whole block are, ``segment`` those of several, ``layer`` which of the ``layers`` blocks
+    it is. Counts are per token for compute, in elements for parameters.
     """
 
     name: str
@@ -55,6 +77,7 @@ class SitePlan(_Data):
     taps: tuple[TapPlan, ...] = ()
     tokens: TokenLayout | None = None
     segment: SegmentLayout | None = None
+    state: str = ""
     layer: int = 0
     layers: int = 1
     saved_fraction: float = 0.0
@@ -108,6 +131,8 @@ class Plan(_Data):
     seed: int
     passes: tuple[PassPlan, ...]
     sites: tuple[SitePlan, ...]
+    carried: tuple[CarriedPlan, ...] = ()
+    carriers: tuple[CarrierPlan, ...] = ()
     skipped: tuple[SkippedSite, ...]
     warnings: tuple[str, ...]
     cost: Cost

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from moefx.errors import CaptureError, MoefxError, NothingMatched, PlanError
 from moefx.graph import Graph, ModuleCall
 from moefx.graph.origin import show_source
+from moefx.model.carry import Carrying, below, root_inputs
 from moefx.model.forward import make_forward
 from moefx.model.local import call_inputs, encode, local_graph
 from moefx.model.plan import Cost, PassPlan, Plan, SitePlan, SkippedSite, TapPlan
@@ -46,8 +46,9 @@ def make_plan(
     check_patterns(unwanted, facts.sites, "skip")
     planned: list[SitePlan] = []
     skipped: list[SkippedSite] = []
+    carrying = Carrying(facts)
     for rule in rules:
-        made, left = _plan_rule(graph, facts, rule, wanted, unwanted)
+        made, left = _plan_rule(graph, facts, rule, wanted, unwanted, carrying)
         planned += made
         skipped += left
     if not planned:
@@ -60,6 +61,8 @@ def make_plan(
         seed=seed,
         passes=tuple(PassPlan(name=r.name, options=r.options.model_dump()) for r in rules),
         sites=tuple(planned),
+        carried=carrying.needed(planned),
+        carriers=carrying.carriers,
         skipped=tuple(skipped),
         warnings=tuple(w for rule in rules for w in rule.warnings()),
         cost=_cost(graph, facts, planned),
@@ -67,10 +70,10 @@ def make_plan(
 
 
 def _plan_rule(
-    graph: Graph, facts: Facts, rule: Pass, only: Sequence[str], skip: Sequence[str]
+    graph: Graph, facts: Facts, rule: Pass, only: Sequence[str], skip: Sequence[str], carrying: Carrying
 ) -> tuple[list[SitePlan], list[SkippedSite]]:
     """Plan one pass: the sites it takes, and those it leaves with the reason."""
-    taken: list[SitePlan] = []
+    taken: list[tuple[Site, SitePlan]] = []
     left: list[SkippedSite] = []
     every = int(getattr(rule.options, "every", 1))
     done: dict[str, SitePlan] = {}
@@ -92,14 +95,14 @@ def _plan_rule(
             count += 1
             if (count - 1) % every:
                 raise Skip(f"only every {every}. site is rewritten")
-            plan = done[site.path] = _plan_site(graph, facts, rule, site)
+            plan = done[site.path] = _plan_site(graph, facts, rule, site, carrying)
             outputs[site.output] = site.name
-            taken.append(plan)
+            taken.append((site, plan))
         except Skip as reason:
             left.append(_skipped(site, rule, str(reason)))
         except (CaptureError, PlanError) as error:
             left.append(_skipped(site, rule, error.found))
-    return taken, left
+    return carrying.state(rule, taken) if rule.state_width else [plan for _, plan in taken], left
 
 
 def _skipped(site: Site, rule: Pass, reason: str) -> SkippedSite:
@@ -112,10 +115,10 @@ def _near_miss(miss: Any) -> SkippedSite:
     return SkippedSite(name=name, kind=miss.kind, rule="", reason=miss.reason, source=miss.source_line)
 
 
-def _plan_site(graph: Graph, facts: Facts, rule: Pass, site: Site) -> SitePlan:
-    """Decide where a site is realised: its module, else the smallest module around it and its taps."""
+def _plan_site(graph: Graph, facts: Facts, rule: Pass, site: Site, carrying: Carrying) -> SitePlan:
+    """Decide where a site is realised: its module, else the smallest module around it."""
     call = _call(graph, site)
-    where = _where(graph, facts, rule, site, call)
+    where = _where(graph, facts, rule, site, call, carrying)
     tap_width = sum(tap.width for tap in where.get("taps", ()) if tap.rank > 1)
     costs = rule.costs(site, tap_width)
     return SitePlan(
@@ -135,20 +138,23 @@ def _plan_site(graph: Graph, facts: Facts, rule: Pass, site: Site) -> SitePlan:
     )
 
 
-def _where(graph: Graph, facts: Facts, rule: Pass, site: Site, call: ModuleCall | None) -> dict[str, Any]:
+def _where(
+    graph: Graph, facts: Facts, rule: Pass, site: Site, call: ModuleCall | None, carrying: Carrying
+) -> dict[str, Any]:
     """Return the fields of a site's plan that say where it is realised."""
     if isinstance(rule, CallPass):
         return {"tier": "call", "module": None, **_plan_call(graph, facts, site)}
     if isinstance(rule, SegmentPass):
         return {"tier": "block", "module": None, **_plan_segment(graph, facts, rule, site)}
     if site.kind == "block":
-        return {"tier": "block", "module": None, **_plan_whole_block(facts, rule, site, call)}
+        return {"tier": "block", "module": None, **_plan_whole_block(facts, rule, site, call, carrying)}
     if not (site.region_is_module and site.kind == "ffn"):
-        return {"tier": "block", "module": None, **_plan_block(graph, facts, rule, site, site.path)}
+        return {"tier": "block", "module": None, **_plan_block(facts, rule, site, site.path, carrying)}
     module = {"module": site.path, "module_inputs": _ffn_inputs(site)}
-    if not rule.taps and _single_input(call) is site.operands["x"]:
+    if not (rule.taps or rule.state_width) and _single_input(call) is site.operands["x"]:
         return {"tier": "module", **module}
-    return {"tier": "block", **module, **_plan_block(graph, facts, rule, site, _parent(site.path))}
+    around = next(carrying.enclosing(site.path))
+    return {"tier": "block", **module, **_plan_block(facts, rule, site, around, carrying)}
 
 
 def _plan_call(graph: Graph, facts: Facts, site: Site) -> dict[str, Any]:
@@ -177,32 +183,36 @@ def _single_input(call: ModuleCall | None) -> Node | None:
     return call.args[0] if all(value is None for value in others) else None
 
 
-def _parent(path: str) -> str:
-    return path.rpartition(".")[0]
+def _plan_block(facts: Facts, rule: Pass, site: Site, path: str, carrying: Carrying) -> dict[str, Any]:
+    """Capture the module whose own forward is rewritten, find the site in it, and every tap in it or around it."""
+    graph = facts.graph
+    calls = carrying.calls(path)
+    if len(calls) > 1:
+        what = ", so its layers have no order in which to hand on a state" if rule.state_width else ""
+        raise Skip(f"{path!r} is called {len(calls)} times in one forward{what}")
+    inputs = call_inputs(calls[0]) if path else root_inputs(graph)
+    inline = not (site.region_is_module and site.kind == "ffn")
+    expand = _expand(graph, site, path) if inline else ()
+    local = local_graph(graph.root.get_submodule(path), inputs, "children", expand)
+    make_forward(local)
+    if inline:
+        entry = find_site(local, path, site.kind, weight_names(site)).operands.get("x")
+    else:
+        entry = _argument(local, below(site.path, path))
+    taps = []
+    for name in rule.taps:
+        node = choose_tap(name, facts, calls[0] if calls else None, local, entry)
+        seen = node is not None and rule.accepts(name, node.meta["val"])
+        tap = _tap(name, node) if node is not None and seen else carrying.tap(rule, name, path)
+        if tap is None:
+            raise Skip(f"no module around it sees the {name}")
+        taps.append(tap)
+    return {"block": path, "block_inputs": inputs, "expand": expand, "taps": tuple(taps)}
 
 
-def _plan_block(graph: Graph, facts: Facts, rule: Pass, site: Site, path: str) -> dict[str, Any]:
-    """Find the smallest module from ``path`` upwards whose own forward can be rewritten and that sees the taps."""
-    while True:
-        module = graph.root.get_submodule(path)
-        calls = [c for c in graph.calls if c.path == path]
-        if (path and not calls) or isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict):
-            path = _parent(path)
-            continue
-        if len(calls) > 1:
-            raise Skip(f"{path!r} is called {len(calls)} times in one forward")
-        inputs = call_inputs(calls[0]) if path else _root_inputs(graph)
-        inline = not (site.region_is_module and site.kind == "ffn")
-        expand = _expand(graph, site, path) if inline else ()
-        taps = _block_taps(graph, facts, rule, site, path, calls, inputs, expand, inline)
-        if taps is not None:
-            return {"block": path, "block_inputs": inputs, "expand": expand, "taps": taps}
-        if not path:
-            raise Skip(f"no module sees both the site and {', '.join(rule.taps)}")
-        path = _parent(path)
-
-
-def _plan_whole_block(facts: Facts, rule: Pass, site: Site, call: ModuleCall | None) -> dict[str, Any]:
+def _plan_whole_block(
+    facts: Facts, rule: Pass, site: Site, call: ModuleCall | None, carrying: Carrying
+) -> dict[str, Any]:
     """Find where the block's tokens are, and what follows them."""
     assert isinstance(rule, BlockPass)
     try:
@@ -213,7 +223,7 @@ def _plan_whole_block(facts: Facts, rule: Pass, site: Site, call: ModuleCall | N
     if refusal:
         raise Skip(refusal)
     if rule.taps:
-        where["taps"] = _argument_taps(facts, rule, where, call)
+        where["taps"] = _argument_taps(facts, rule, where, call, carrying)
     return {**where, "layer": site.operands["layer"], "layers": site.operands["layers"]}
 
 
@@ -222,7 +232,7 @@ def _plan_segment(graph: Graph, facts: Facts, rule: SegmentPass, site: Site) -> 
     layers = int(site.operands["layers"])
     wanted = next(s for s in rule.segments(layers) if site.operands["layer"] in s)
     try:
-        where = plan_segment(facts, wanted, _root_inputs(graph), rule.taps, by_token=rule.by_token)
+        where = plan_segment(facts, wanted, root_inputs(graph), rule.taps, by_token=rule.by_token)
     except NotByToken as reason:
         raise Skip(str(reason)) from None
     refusal = rule.layout_refusal(where["segment"])
@@ -231,23 +241,21 @@ def _plan_segment(graph: Graph, facts: Facts, rule: SegmentPass, site: Site) -> 
     return {**where, "layer": wanted.start, "layers": layers}
 
 
-def _argument_taps(facts: Facts, rule: Pass, where: dict[str, Any], call: ModuleCall | None) -> tuple[TapPlan, ...]:
-    """Find the taps of a pass over a whole block among the block's arguments: they are there before its tokens are."""
+def _argument_taps(
+    facts: Facts, rule: Pass, where: dict[str, Any], call: ModuleCall | None, carrying: Carrying
+) -> tuple[TapPlan, ...]:
+    """Find the taps of a pass over a whole block among its arguments, or around it: there before its tokens are."""
     block = facts.graph.root.get_submodule(where["block"])
     local = local_graph(block, where["block_inputs"], "children", where["expand"])
     taps = []
     for name in rule.taps:
         node = choose_tap(name, facts, call, local)
-        if node is None or node.op != "placeholder" or not rule.accepts(name, node.meta["val"]):
-            raise Skip(f"none of its arguments is the {name}")
-        taps.append(_tap(name, node))
+        seen = node is not None and node.op == "placeholder" and rule.accepts(name, node.meta["val"])
+        tap = _tap(name, node) if node is not None and seen else carrying.tap(rule, name, where["block"])
+        if tap is None:
+            raise Skip(f"none of its arguments is the {name}, and no module around it sees it")
+        taps.append(tap)
     return tuple(taps)
-
-
-def _root_inputs(graph: Graph) -> dict[str, Any]:
-    assert graph.call_spec is not None
-    args, kwargs = graph.call_spec.rebuild(graph.call_spec.examples)
-    return {"args": [encode(a) for a in args], "kwargs": {k: encode(v) for k, v in kwargs.items()}}
 
 
 def _expand(graph: Graph, site: Site, block: str) -> tuple[str, ...]:
@@ -256,40 +264,6 @@ def _expand(graph: Graph, site: Site, block: str) -> tuple[str, ...]:
     region = set(site.nodes)
     inner = {c.path for c in graph.calls if c.path.startswith(prefix) and c.path != block and region & set(c.nodes)}
     return tuple(sorted(path.removeprefix(prefix) for path in inner))
-
-
-def _block_taps(
-    graph: Graph,
-    facts: Facts,
-    rule: Pass,
-    site: Site,
-    path: str,
-    calls: list[ModuleCall],
-    inputs: dict[str, Any],
-    expand: tuple[str, ...],
-    inline: bool,
-) -> tuple[TapPlan, ...] | None:
-    """Capture the block, find the site in it, and look for every tap; None when a tap is out of sight.
-
-    Raises:
-        CaptureError, PlanError: the block cannot be rewritten faithfully.
-    """
-    local = local_graph(graph.root.get_submodule(path), inputs, "children", expand)
-    make_forward(local)
-    if inline:
-        entry = find_site(local, path, site.kind, weight_names(site)).operands.get("x")
-    elif _parent(site.path) != path:
-        # The tap would have to pass through the forwards in between, which stay the user's own.
-        return None
-    else:
-        entry = _argument(local, site.path.rpartition(".")[2])
-    taps = []
-    for name in rule.taps:
-        node = choose_tap(name, facts, calls[0] if calls else None, local, entry)
-        if node is None or not rule.accepts(name, node.meta["val"]):
-            return None
-        taps.append(_tap(name, node))
-    return tuple(taps)
 
 
 def _tap(name: str, node: Node) -> TapPlan:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -22,8 +21,9 @@ from moefx.graph.splice import Splice
 from moefx.graph.verify import verify_graph
 from moefx.model.forward import Forward, has_own_forward, make_forward
 from moefx.model.install import Change, child_named, set_child
-from moefx.model.local import JSON, empty_dicts, encode, local_graph, output_flag
+from moefx.model.local import JSON, checkpointed_children, empty_dicts, encode, local_graph, output_flag
 from moefx.model.plan import Plan, SitePlan
+from moefx.model.wiring import Wiring
 from moefx.passes.analysis.local import local_sites, weight_names
 from moefx.passes.analysis.site import Site
 from moefx.passes.analysis.tokens import Branch
@@ -40,6 +40,16 @@ from moefx.passes.rewrite.base import (
     SitePass,
     get_pass,
 )
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What all modules of one plan have in common: rules by name, the seed, and what the passes over blocks share."""
+
+    rules: dict[str, Pass]
+    seed: int
+    wiring: Wiring
+    common: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,10 +90,10 @@ def realise(
             change, made = _replace_module(model, site, rule, plan.seed)
             changes.append(change)
             built.append(made)
-    common: dict[str, Any] = {}
-    blocks = sorted((s for s in plan.sites if s.tier == "block"), key=lambda s: s.block or "")
-    for path, group in groupby(blocks, key=lambda s: s.block or ""):
-        made_changes, mades = _rewrite_block(model, path, list(group), rules, plan.seed, common)
+    shared = _Shared(rules, plan.seed, Wiring(plan))
+    blocks = [s for s in plan.sites if s.tier == "block"]
+    for path in sorted({s.block or "" for s in blocks} | set(shared.wiring.inputs)):
+        made_changes, mades = _rewrite_block(model, path, [s for s in blocks if (s.block or "") == path], shared)
         changes += made_changes
         built += mades
     calls = [(site, rule) for site in plan.sites if isinstance(rule := rules[site.rule], CallPass)]
@@ -169,45 +179,51 @@ def _replace_module(model: nn.Module, plan: SitePlan, rule: SitePass, seed: int)
 
 
 def _rewrite_block(
-    model: nn.Module,
-    path: str,
-    plans: list[SitePlan],
-    rules: dict[str, Pass],
-    seed: int,
-    common: dict[str, Any],
+    model: nn.Module, path: str, plans: list[SitePlan], shared: _Shared
 ) -> tuple[list[Change], list[Realised]]:
-    """Rewrite one module's own forward on behalf of all sites that live in it."""
+    """Rewrite one module's own forward on behalf of all sites that live in it, and of the values it hands on."""
     module = find_module(model, path)
-    inputs = plans[0].block_inputs
+    inputs = plans[0].block_inputs if plans else shared.wiring.inputs[path]
     assert inputs is not None
     expand = {path for plan in plans for path in plan.expand}
     graph = local_graph(module, inputs, "children", expand)
     empty, flag = empty_dicts(module, inputs, graph, expand), output_flag(module, inputs, graph, expand)
+    checkpointed = checkpointed_children(module, inputs, expand)
     before, read = _targets(graph, "call_module"), _targets(graph, "get_attr")
+    values = shared.wiring.enter(graph, path)
     children: dict[str, nn.Module | None] = {}
+    layers: dict[str, str] = {}
     made: list[Realised] = []
     # Whole blocks first: they know nodes by name, which the others may replace.
     for plan in sorted(plans, key=lambda p: p.kind != "block"):
-        rule = rules[plan.rule]
-        taps = {tap.name: _node(graph, tap.node, path) for tap in plan.taps}
         with future_children(module, children):
-            if isinstance(rule, BlockPass):
-                realised, edit = _whole_block(model, graph, plan, rule, seed, common, taps)
-            elif isinstance(rule, SegmentPass):
-                realised, edit = _segment(graph, plan, rule, taps, seed)
-            else:
-                assert isinstance(rule, SitePass)
-                rewrite = _inline_site if plan.module is None else _tapped_child
-                realised, edit = rewrite(model, graph, plan, rule, taps, seed)
+            realised, edit = _rewrite_site(model, graph, plan, shared)
         children |= edit.children
+        layers |= {name: plan.state for name, child in edit.children.items() if plan.state and child is edit.routed}
         made.append(realised)
+    shared.wiring.connect(graph, path, values, layers)
     gone = sorted(before - _targets(graph, "call_module"))
     children |= dict.fromkeys(target for target in gone if "." not in target)
     parameters = dict(module.named_parameters())
     unused = tuple(sorted(t for t in read - _targets(graph, "get_attr") if t in parameters))
     with future_children(module, children):
         verify_graph(graph, f"rewriting {path!r}")
-    return [Change(path, children, make_forward(graph, empty, flag), unused), *_nested(path, gone)], made
+    forward = make_forward(graph, empty, flag, checkpointed)
+    return [Change(path, children, forward, unused), *_nested(path, gone)], made
+
+
+def _rewrite_site(model: nn.Module, graph: Graph, plan: SitePlan, shared: _Shared) -> tuple[Realised, Edit]:
+    """Let the rule of one site change the graph of the module that it lives in."""
+    rule, seed = shared.rules[plan.rule], shared.seed
+    taps = {tap.name: _node(graph, tap.node, plan.block or "") for tap in plan.taps}
+    if isinstance(rule, BlockPass):
+        return _whole_block(model, graph, plan, rule, seed, shared.common, taps)
+    if isinstance(rule, SegmentPass):
+        return _segment(graph, plan, rule, taps, seed)
+    assert isinstance(rule, SitePass)
+    rewrite = _inline_site if plan.module is None else _tapped_child
+    state = {"layer": plan.layer, "common": shared.wiring.common[plan.state]} if plan.state else {}
+    return rewrite(model, graph, plan, rule, {"taps": taps, "seed": seed, **state})
 
 
 def _nested(path: str, gone: list[str]) -> list[Change]:
@@ -265,12 +281,13 @@ def _segment(
 
 
 def _tapped_child(
-    model: nn.Module, graph: Graph, plan: SitePlan, rule: SitePass, taps: dict[str, Node], seed: int
+    model: nn.Module, graph: Graph, plan: SitePlan, rule: SitePass, given: dict[str, Any]
 ) -> tuple[Realised, Edit]:
     """Replace a child module, and give its calls the taps as further arguments."""
+    taps: dict[str, Node] = given["taps"]
     assert plan.module is not None
     dense, site = capture_module(model, plan.module, plan.module_inputs)
-    edit = rule.edit(Context(graph=dense, site=site, name=plan.name, taps=taps, seed=seed, whole=True))
+    edit = rule.edit(Context(graph=dense, site=site, name=plan.name, whole=True, **given))
     child = plan.module.removeprefix(f"{plan.block}.") if plan.block else plan.module
     splice = Splice(graph, rule.name)
     for call in [n for n in graph.fx.nodes if n.op == "call_module" and n.target == child]:
@@ -287,11 +304,11 @@ def _after_all(graph: Graph, nodes: list[Node]) -> Node:
 
 
 def _inline_site(
-    model: nn.Module, graph: Graph, plan: SitePlan, rule: SitePass, taps: dict[str, Node], seed: int
+    model: nn.Module, graph: Graph, plan: SitePlan, rule: SitePass, given: dict[str, Any]
 ) -> tuple[Realised, Edit]:
     """Let the rule rewrite a site that is written in the block's own forward."""
     site = find_site(graph, plan.block or "", plan.kind, plan.weights)
-    edit = rule.edit(Context(graph=graph, site=site, name=plan.name, taps=taps, seed=seed, whole=False))
+    edit = rule.edit(Context(graph=graph, site=site, name=plan.name, whole=False, **given))
     return Realised(plan, rule, None, site, edit.routed), edit
 
 

@@ -115,7 +115,7 @@ def transform_model(
     with clock.stage("rewrite"):
         changes, built = realise(model, plan, calibration)
     with clock.stage("verify"):
-        checks = [*check_sites(built, seed), *check_blocks(model, changes, built, seed)] if whole else []
+        checks = [*check_sites(built, seed), *check_blocks(model, plan, changes, built, seed)] if whole else []
     # Before anything is changed: warnings may be errors.
     for warning in plan.warnings:
         warnings.warn(warning, MoefxWarning, stacklevel=4)

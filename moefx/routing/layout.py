@@ -20,10 +20,10 @@ class OnAxis(nn.Module):
         super().__init__()
         self.inner, self.axis = inner, axis
 
-    def forward(self, x: Tensor, *taps: Tensor) -> Tensor:
-        """Map ``[B, ..., D, ...]`` to ``[B, ..., D_o, ...]``."""
-        y: Tensor = self.inner(x.movedim(self.axis, -1), *taps)
-        return y.movedim(-1, self.axis)
+    def forward(self, x: Tensor, *taps: Tensor) -> Any:
+        """Map ``[B, ..., D, ...]`` to ``[B, ..., D_o, ...]``; the state of a router with memory is passed through."""
+        y: Any = self.inner(x.movedim(self.axis, -1), *taps)
+        return (y[0].movedim(-1, self.axis), y[1]) if isinstance(y, tuple) else y.movedim(-1, self.axis)
 
     @property
     def deciding(self) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moefx.errors import InputError
 from moefx.routing.precision import KeepFloat32, at_least_float32
 from moefx.routing.scorers import Scorer
 
@@ -20,19 +21,24 @@ class ResidualScorer(Scorer):
     """``z = scorer(r) + W_g z_previous``: the gating residual of MoE++ (arXiv 2410.07348), W_g ``[N, N]``.
 
     The state is z itself. W_g starts at zero here, so that the first steps are those of a plain router.
+
+    Args:
+        scorer: maps what is read to logits.
+        num_experts: N.
+        residual: False in the first layer, which has no W_g and reads no state.
     """
 
     stateful = True
 
-    def __init__(self, scorer: nn.Module, num_experts: int) -> None:
+    def __init__(self, scorer: nn.Module, num_experts: int, *, residual: bool = True) -> None:
         super().__init__()
         self.scorer, self.num_experts = scorer, num_experts
-        self.w_residual = nn.Parameter(torch.zeros(num_experts, num_experts))
+        self.w_residual = nn.Parameter(torch.zeros(num_experts, num_experts)) if residual else None
 
     def forward(self, r: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return logits ``[..., N]`` and the same as the new state."""
         z: Tensor = self.scorer(r)
-        if state is not None:
+        if state is not None and self.w_residual is not None:
             z = z + self._linear(state, self.w_residual)
         return z, z
 
@@ -92,3 +98,36 @@ class GRUScorer(Scorer):
         v = self._linear(r, self.w_in)
         new: Tensor = self.cell(v, torch.zeros_like(v) if state is None else state)
         return self._linear(new, self.w_out), new
+
+
+class FollowingRouter(nn.Module):
+    """``z = z_previous``: a router without parameters that repeats the logits of the layer before.
+
+    A selector that does not draw makes the same decision of them, so that one router decides for several layers.
+
+    Args:
+        num_experts: N.
+        taps: names of what the deciding router reads besides the token; they are passed to every layer alike.
+    """
+
+    stateful = True
+    reads: tuple[str, ...] = ()
+
+    def __init__(self, num_experts: int, taps: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.num_experts, self.taps = num_experts, taps
+
+    def forward(self, x: Tensor, *taps: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the state, which is the logits, twice.
+
+        Raises:
+            InputError: the layer is run without the one that decides.
+        """
+        state = taps[-1] if len(taps) > len(self.taps) else None
+        if state is None:
+            raise InputError(
+                "route as the layer before",
+                found="no state of a layer before",
+                do="run the whole model, or route with state='none'",
+            )
+        return state, state

@@ -12,7 +12,7 @@ from moefx.passes.analysis.site import Kind, Site
 from moefx.passes.rewrite.base import Context, Edit, SitePass
 from moefx.passes.rewrite.cut import cannot_cut, mixes_tokens, splice_ffn
 from moefx.passes.rewrite.dense import unshare
-from moefx.passes.rewrite.routing_build import accepts_tap
+from moefx.passes.rewrite.routing_build import accepts_tap, state_costs
 from moefx.passes.rewrite.routing_options import RoutingOptions
 
 
@@ -63,6 +63,16 @@ class RoutedFFNPass(FFNPass):
     def taps(self) -> tuple[str, ...]:
         """What router and selector read besides the token."""
         return self.options.taps
+
+    @property
+    def state_width(self) -> int:
+        """The width of what its routers hand on, if they have memory."""
+        o = self.options
+        return {"none": 0, "recurrent": o.state_width}.get(o.state, o.groups)
+
+    def state_costs(self, site: Site, layer: int, tap_width: int = 0) -> tuple[int, int]:
+        """Return what memory adds to a router."""
+        return state_costs(self.options, int(site.shapes["D"]), tap_width, layer)
 
     def accepts(self, tap: str, value: torch.Tensor) -> bool:
         """Intervals and tables need a raw timestep."""

@@ -78,10 +78,11 @@ class FreshOptions(RoutingOptions):
         if (self.unconditional == "label") != (self.null_label is not None):
             raise ValueError("null_label goes with unconditional = label")
         fits = self.selector in TOP_K and self.mode in ("identity", "unit") and self.top_k < self.experts
-        if self.unconditional != "none" and not (fits and self.granularity == 1 and not self.cheap and not self.always):
+        fits = fits and self.granularity == 1 and self.state == "none"
+        if self.unconditional != "none" and not (fits and not self.cheap and not self.always):
             raise ValueError(
                 "an unconditional expert needs a selector of the top-k kind over the other experts, normalise = "
-                "identity or unit, granularity = 1, and neither cheap experts nor always"
+                "identity or unit, granularity = 1, state = none, and neither cheap experts nor always"
             )
         return self
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from moefx.passes.rewrite.routing_options import RoutingOptions
 from moefx.routing.by_expert import ExpertChoice, PredictedChoice
 from moefx.routing.initialise import normal_rows, untie
 from moefx.routing.moe import Loss
+from moefx.routing.recurrent import FollowingRouter, GRUCell, GRUScorer, ResidualScorer
 from moefx.routing.router import LinearRouter
 from moefx.routing.scorers import (
     CosineScorer,
@@ -105,12 +107,28 @@ def build_router(o: RoutingOptions, context: Context, dim: int, count: int, devi
     """Return the router over ``count`` experts."""
     if o.scorer == "table":
         return TableRouter(count, entries=max(o.intervals or [10]), steps=o.timesteps).to(device)
-    if o.scorer == "linear" and set(o.reads) <= {"token", "timestep"} and "token" in o.reads:
+    if o.state == "shared" and context.layer % (o.share_every or context.layer + 1):
+        return FollowingRouter(count, tuple(name for name in o.reads if name != "token")).to(device)
+    plain = o.scorer == "linear" and o.state == "none"
+    if plain and set(o.reads) <= {"token", "timestep"} and "token" in o.reads:
         return _linear_router(o, context, dim, count, device)
     widths = {name: dim if name == "token" else _tap_width(context, name) for name in o.reads}
     embed = {name: TIMESTEP_WIDTH for name in o.reads if name == "timestep" and _is_raw(context)}
-    scorer = _scorer(o, sum(widths.values()), count, context.generator("router"))
+    scorer = _with_memory(o, context, sum(widths.values()), count)
     return Router(scorer, o.reads, embed=embed, timestep_scale=1000.0 / o.timesteps).to(device)
+
+
+def _with_memory(o: RoutingOptions, context: Context, width: int, count: int) -> nn.Module:
+    """Return the scorer, with what it knows of the layer before."""
+    draws = context.generator("router")
+    if o.state != "recurrent":
+        scorer = _scorer(o, width, count, draws)
+        residual = o.state == "residual" and context.layer > 0
+        return scorer if o.state == "none" else ResidualScorer(scorer, count, residual=residual)
+    if "cell" not in context.common:
+        context.common["cell"] = GRUCell(o.state_width, generator=replace(context, name="").generator("cell"))
+    std = 0.0 if o.router_init == "zero" else o.router_std
+    return GRUScorer(width, count, context.common["cell"], std=std, generator=draws)
 
 
 def _scorer(o: RoutingOptions, width: int, count: int, draws: torch.Generator) -> nn.Module:
@@ -171,10 +189,25 @@ def router_parameters(o: RoutingOptions, dim: int, tap_width: int, *, rows: int 
     predictor = dim * dim + dim + dim * count + count if o.selector == "predicted" else 0
     if o.scorer == "table":
         return max(o.intervals or [10]) * count + predictor
+    if o.state == "recurrent":
+        return (width + count) * o.state_width + predictor
     if o.scorer == "mlp":
         hidden = hidden_width(o, width)
         return width * hidden + hidden + hidden * count + count + predictor
     return (0 if o.scorer in ("norm", "random") else width * count) + predictor
+
+
+def state_costs(o: RoutingOptions, dim: int, tap_width: int, layer: int) -> tuple[int, int]:
+    """Return the parameters and multiply-adds per token that memory adds to `router_parameters` in one layer."""
+    if o.state == "residual" and layer:
+        return o.groups**2, o.groups**2
+    if o.state == "recurrent":  # the first layer counts the cell of all
+        products = 6 * o.state_width**2
+        return 0 if layer else products + 6 * o.state_width, products
+    if o.state == "shared" and layer % (o.share_every or layer + 1):
+        saved = router_parameters(o, dim, tap_width)
+        return -saved, -saved
+    return 0, 0
 
 
 def mean_experts(o: RoutingOptions) -> float:

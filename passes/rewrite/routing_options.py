@@ -35,6 +35,8 @@ SelectorName = Literal[
     "interval", "expert-choice", "predicted",
 ]  # fmt: skip
 TOP_K = frozenset({"top-k", "group-limited", "noisy-top-k", "multinomial"})
+# These draw anew in every layer.
+RANDOM = frozenset({"noisy-top-k", "multinomial", "gumbel-sigmoid"})
 # These never leave a token without an expert.
 COVERING = TOP_K | {"top-p", "all", "interval"}
 _DEFAULT_MODES = {"gumbel-sigmoid": "sigmoid_ste", "all": "soft", "interval": "unit"}
@@ -50,6 +52,13 @@ class RoutingOptions(Options):
     scorer: Literal["linear", "mlp", "cosine", "norm", "random", "table"] = Field("linear", description="its function")
     scorer_hidden: int | None = Field(None, ge=1, description="hidden width of an mlp scorer; None: twice its input")
     scorer_act: Literal["gelu", "silu", "tanh", "relu"] = Field("gelu", description="activation of an mlp scorer")
+    state: Literal["none", "residual", "recurrent", "shared"] = Field(
+        "none",
+        description="what a router hands to the next layer's. residual: its logits, which are added; recurrent: the "
+        "state of a GRU that all layers share; shared: its logits, which the next layers use as theirs",
+    )
+    state_width: int = Field(256, ge=1, description="recurrent: width of the state")
+    share_every: int = Field(0, ge=0, description="shared: a new decision every n layers; 0: one for all layers")
     router_init: Literal["normal", "zero", "tied"] = Field(
         "normal", description="start of the router's rows; tied: normal, and equal within a group (see untie)"
     )
@@ -187,6 +196,12 @@ def _conflict(o: RoutingOptions) -> str:
         return "normalise = soft weighs all experts: use selector = all, or top_k = experts"
     if any(not 0 <= e < o.groups for e in o.always):
         return f"always = {o.always} of {o.groups} experts"
+    if o.state != "none" and o.scorer == "table":
+        return "a table has no state to hand on"
+    if o.state == "recurrent" and o.scorer != "linear":
+        return f"with state = recurrent the GRU scores: leave out scorer = {o.scorer}"
+    if o.state == "shared" and (o.selection_bias or o.selector in RANDOM or o.scorer == "random"):
+        return "a shared decision needs a selector that does not draw, and no selection_bias of each layer"
     if o.scorer != "cosine" and "contrastive" in (o.losses or {}):
         return "the contrastive term needs scorer = cosine"
     if o.selector != "predicted" and "predictor" in (o.losses or {}):

@@ -43,8 +43,11 @@ class UpcycleOptions(RoutingOptions):
 
     @model_validator(mode="after")
     def _untied_top_k(self) -> UpcycleOptions:
-        if self.untie and (self.selector != "top-k" or self.scorer != "linear" or "token" not in self.reads):
-            raise ValueError("untie goes with selector = top-k, scorer = linear and a router that reads the token")
+        linear = self.scorer == "linear" and self.state == "none"
+        if self.untie and (self.selector != "top-k" or not linear or "token" not in self.reads):
+            raise ValueError(
+                "untie goes with selector = top-k, scorer = linear, state = none and a router that reads the token"
+            )
         return self
 
     @property
@@ -77,6 +80,8 @@ class Upcycle(RoutedFFNPass):
             )
         if self.options.selector not in TOP_K or set(self.taps) - {"timestep"}:
             return "a depthwise convolution mixes its tokens: only selectors of the top-k kind route whole samples"
+        if self.options.state != "none":
+            return "a depthwise convolution mixes its tokens: only routers without memory route whole samples"
         return ""
 
     def misfit(self, site: Site) -> str:
@@ -93,7 +98,7 @@ class Upcycle(RoutedFFNPass):
         """Exact where the algebra says so, else approximate up to ``max_error``."""
         o = self.options
         chosen = o.top_k // o.granularity
-        plain = o.selector == "top-k" and o.scorer == "linear" and not o.always
+        plain = o.selector == "top-k" and o.scorer == "linear" and o.state != "recurrent" and not o.always
         uniform = (
             plain and o.mode == "softmax_topk" and o.router_init == "zero" and math.isclose(o.scale, o.groups / chosen)
         )
