@@ -77,8 +77,9 @@ def specialised(tokens: int, recipe: str, **options: Any) -> nn.Module:
 def split_half(tokens: int) -> nn.Module:
     """Return the FFNs cut by `moefx-split`: a shared quarter and, on average, a third of the others per token."""
     batches = [inputs(tokens, t) for t in (100.0, TIME, 900.0)]
-    options = {"buckets": 2, "timesteps": (0.0, 1000.0), "samples": 256, "progress": False}
-    calibration = moefx.calibrate(dense(tokens), batches, **options)
+    calibration = moefx.calibrate(
+        dense(tokens), batches, buckets=2, timesteps=(0.0, 1000.0), samples=256, progress=False
+    )
     return changed(tokens, "moefx-split", calibration=calibration)
 
 

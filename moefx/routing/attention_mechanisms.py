@@ -235,7 +235,7 @@ class RoutedAttention(KeepFloat32):
                 return whole
             if len(rows):
                 y.index_copy_(0, rows, mechanism(*(x.index_select(0, rows) for x in flat)).squeeze(1))
-        return y.unflatten(0, q.shape[:2])
+        return y.view(*q.shape[:2], *y.shape[1:])
 
     @property
     def deciding(self) -> tuple[int, ...]:
