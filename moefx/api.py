@@ -43,21 +43,34 @@ def plan(
     model: nn.Module,
     inputs: Inputs = None,
     *,
-    recipe: str = "sparse-upcycling",
+    recipe: str | None = None,
     passes: Passes = None,
     only: Patterns = None,
     skip: Patterns = None,
     seed: int = 0,
+    calibration: Calibration | None = None,
+    budget: float | None = None,
     **options: Any,
 ) -> Plan:
-    """Say what :func:`transform` would do, without editing anything or reading a weight; works on ``meta``.
+    """Say what :func:`transform` would do, without editing anything; works on ``meta``, and reads no weight.
 
-    Arguments and errors are those of :func:`transform`.
+    With a ``budget``, which needs weights and a calibration, it chooses which networks are split and how far. Arguments
+    and errors are those of :func:`transform`.
     """
-    rules = _rules(recipe, passes, options)
+    rules, name, budget = _request(recipe, passes, budget, options)
     check_model(model, rules)
-    name = None if passes is not None else get_recipe(recipe).name
-    _, made = plan_model(model, inputs, rules, recipe=name, only=only, skip=skip, seed=_seed(seed), clock=Clock())
+    _, made = plan_model(
+        model,
+        inputs,
+        rules,
+        recipe=name,
+        only=only,
+        skip=skip,
+        seed=_seed(seed),
+        clock=Clock(),
+        budget=budget,
+        calibration=calibration,
+    )
     return made
 
 
@@ -65,13 +78,14 @@ def transform(
     model: Model,
     inputs: Inputs = None,
     *,
-    recipe: str = "sparse-upcycling",
+    recipe: str | None = None,
     passes: Passes = None,
     only: Patterns = None,
     skip: Patterns = None,
     verify: bool = True,
     seed: int = 0,
     calibration: Calibration | None = None,
+    budget: float | None = None,
     **options: Any,
 ) -> Model:
     """Rewrite a dense model into a routed one, in place, and return it.
@@ -83,13 +97,16 @@ def transform(
         model: the dense model.
         inputs: example inputs: a dict of keyword arguments, a tuple of positional ones, or ``(tuple, dict)``.
             Synthesised for diffusers denoisers and for models with a registered input maker.
-        recipe: a name that ``moefx recipes`` lists.
+        recipe: a name that ``moefx recipes`` lists; ``sparse-upcycling`` by default, with a budget ``moefx-split``.
         passes: pass names or pass objects to use instead of a recipe.
         only: site kinds, names or globs to rewrite; all by default.
         skip: site kinds, names or globs to leave dense.
         verify: check each site and the whole model against the dense original.
         seed: of everything random; the same seed gives the same model.
         calibration: what :func:`moefx.calibrate` measured; recipes that split a dense network need it.
+        budget: active FLOPs of the whole model over those of the dense one: which networks are split, and how far, is
+            chosen from the calibration so that the expected loss is least. Recipes with a budget of their own, such as
+            ``dydit``, learn it instead.
         options: options of the recipe's passes, such as ``experts=8`` or ``top_k=2``.
 
     Raises:
@@ -102,8 +119,7 @@ def transform(
     """
     if not isinstance(verify, bool):
         raise InputError("transform a model", found=f"verify = {verify!r}", do="pass True or False")
-    rules = _rules(recipe, passes, options)
-    name = None if passes is not None else get_recipe(recipe).name
+    rules, name, budget = _request(recipe, passes, budget, options)
     transform_model(
         model,
         inputs,
@@ -114,6 +130,7 @@ def transform(
         seed=_seed(seed),
         verify=verify,
         calibration=calibration,
+        budget=budget,
     )
     return model
 
@@ -132,6 +149,18 @@ def untransform(model: Model) -> Model:
 
 def _graph(model_or_graph: nn.Module | Graph, inputs: Inputs) -> Graph:
     return model_or_graph if isinstance(model_or_graph, Graph) else trace(model_or_graph, inputs)
+
+
+def _request(
+    recipe: str | None, passes: Passes, budget: float | None, options: dict[str, Any]
+) -> tuple[list[Pass], str | None, float | None]:
+    """Return the passes, the recipe's name, and the budget where it is not an option of the passes themselves."""
+    recipe = recipe or ("sparse-upcycling" if budget is None else "moefx-split")
+    names = get_recipe(recipe).passes if passes is None and isinstance(recipe, str) else ()
+    if budget is not None and any("budget" in get_pass(name).Options.model_fields for name in names):
+        options, budget = {**options, "budget": budget}, None
+    rules = _rules(recipe, passes, options)
+    return rules, None if passes is not None else get_recipe(recipe).name, budget
 
 
 def _rules(recipe: str, passes: Passes, options: dict[str, Any]) -> list[Pass]:

@@ -26,7 +26,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "timestep-lora": {"experts": 7, "intervals": [4, 2, 1], "rank": 3},
     "switch-dit": {},
     "remix-dit": {},
-    "raphael": {},
+    "raphael": {"space_experts": 0},
     "moe++": {"experts": 7},
 }
 RAW = {"ppap", "timestep-lora", "remix-dit"}

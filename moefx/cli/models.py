@@ -41,7 +41,7 @@ def build(
         model, given = (_load(name, meta), None) if is_folder(name) else _factory(name, meta, seed)
     if inputs is not None:
         with _as_input_error(f"make inputs with {inputs!r}"):
-            given = _callable(inputs)(model)
+            given = load_callable(inputs)(model)
     return model, given
 
 
@@ -68,7 +68,7 @@ def _factory(name: str, meta: bool, seed: int) -> tuple[nn.Module, Any]:
     import torch
     from torch import nn
 
-    make = _callable(name)
+    make = load_callable(name)
     with (
         _as_input_error(f"build a model with {name!r}"),
         torch.random.fork_rng(devices=[]),
@@ -86,8 +86,12 @@ def _factory(name: str, meta: bool, seed: int) -> tuple[nn.Module, Any]:
     return model, given
 
 
-def _callable(name: str) -> Any:
-    """Import ``package.module:attribute``; the current folder is searched first, as by ``python -m``."""
+def load_callable(name: str) -> Any:
+    """Import ``package.module:attribute``; the current folder is searched first, as by ``python -m``.
+
+    Raises:
+        InputError: there is no such callable.
+    """
     module_name, mark, path = name.partition(":")
     if not mark or not module_name or not path:
         do = "write package.module:factory, diffusers:ClassName, or the path of a saved folder"
@@ -104,6 +108,17 @@ def _callable(name: str) -> Any:
     if isinstance(found, types.ModuleType) or not callable(found):
         raise InputError(f"use {name!r}", found=f"a {type(found).__name__}", do="name a callable")
     return found
+
+
+def random_batches(model: nn.Module, count: int, seed: int) -> list[Any]:
+    """Return batches of synthesised inputs.
+
+    Raises:
+        InputError: none can be made for this model.
+    """
+    from moefx.graph.inputs import synthesise
+
+    return [synthesise(model, batch=2, seed=seed + i) for i in range(count)]
 
 
 @contextlib.contextmanager

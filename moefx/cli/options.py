@@ -78,6 +78,19 @@ PassOptions = Annotated[
         rich_help_panel=_REWRITE,
     ),
 ]  # fmt: skip
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration", metavar="FILE", help="What [bold]moefx calibrate[/bold] wrote.", rich_help_panel=_REWRITE
+    ),
+]
+Budget = Annotated[
+    float | None,
+    typer.Option(
+        "--budget", metavar="SHARE", help="Active FLOPs to keep; which networks are split, how far, is chosen.",
+        rich_help_panel=_REWRITE,
+    ),
+]  # fmt: skip
 Only = Annotated[
     list[str] | None,
     typer.Option("--only", metavar="GLOB", help="Only these sites: kind, name or glob.", rich_help_panel=_REWRITE),
@@ -132,8 +145,8 @@ def output_format(format: str | None, as_json: bool) -> str | None:
     return "json" if as_json else format
 
 
-def pass_options(given: list[str] | None, recipe: str | None) -> dict[str, Any]:
-    """Return ``-o`` options with the types that the passes of ``recipe`` declare.
+def pass_options(given: list[str] | None, recipe: str | None, budget: float | None = None) -> dict[str, Any]:
+    """Return ``-o`` options with the types that the passes of ``recipe`` declare; a budget has another default recipe.
 
     Raises:
         OptionError: an option is no ``key=value``, unknown, or of the wrong type.
@@ -143,7 +156,7 @@ def pass_options(given: list[str] | None, recipe: str | None) -> dict[str, Any]:
     from moefx.recipes import build_passes, get_recipe
 
     found: dict[str, Any] = {}
-    chosen = get_recipe(recipe or DEFAULT_RECIPE)
+    chosen = get_recipe(recipe or (DEFAULT_RECIPE if budget is None else "moefx-split"))
     fields = {name: field for p in chosen.passes for name, field in get_pass(p).Options.model_fields.items()}
     for item in given or []:
         key, mark, text = item.partition("=")
@@ -172,6 +185,17 @@ def _typed(key: str, text: str, annotation: Any) -> Any:
         except ValidationError as error:
             problem = error.errors()[0]["msg"]
     raise OptionError(f"use {key} = {text!r}", found=problem, do="see the options with moefx recipes NAME")
+
+
+def load_calibration(path: Path | None) -> Any:
+    """Return the calibration in a file; None without one.
+
+    Raises:
+        UnsafeInputError: it is no calibration.
+    """
+    from moefx.passes.calibration import Calibration
+
+    return None if path is None else Calibration.load(path)
 
 
 def check_folder_name(out: Path | None) -> Path:

@@ -10,6 +10,8 @@ def plan(
     model: o.Model,
     recipe: o.RecipeName = None,
     option: o.PassOptions = None,
+    calibration: o.CalibrationFile = None,
+    budget: o.Budget = None,
     only: o.Only = None,
     skip: o.Skip = None,
     seed: o.Seed = 0,
@@ -23,16 +25,27 @@ def plan(
 ) -> None:
     """Say what a recipe would do: sites, parameters, FLOPs, warnings. Edits nothing, reads no weights.
 
-    The default recipe is sparse-upcycling. Exits with 3 if nothing would be rewritten.
+    With --budget and --calibration it chooses which networks are split, and how far. The default recipe is
+    sparse-upcycling, with a budget moefx-split. Exits with 3 if nothing would be rewritten.
     """
     with working(o.verbosity(quiet, verbose)):
+        from moefx import api
         from moefx.cli.models import build
+        from moefx.inspect import schema
         from moefx.inspect.dump import dump as dump_model
 
-        chosen = o.pass_options(option, recipe)
+        chosen = o.pass_options(option, recipe, budget)
         built, given = build(model, config=config, meta=meta, seed=seed, inputs=inputs)
-        text = dump_model(
-            built, given, stage="plan", format="json" if json else "text", recipe=recipe, only=only or None,
-            skip=skip or None, seed=seed, **chosen,
-        )  # fmt: skip
+        if budget is not None:
+            found = o.load_calibration(calibration)
+            made = api.plan(
+                built, given, recipe=recipe, only=only or None, skip=skip or None, seed=seed, calibration=found,
+                budget=budget, **chosen,
+            )  # fmt: skip
+            text = schema.to_text(schema.head("plan") | {"plan": made.model_dump(mode="json")}) if json else str(made)
+        else:
+            text = dump_model(
+                built, given, stage="plan", format="json" if json else "text", recipe=recipe, only=only or None,
+                skip=skip or None, seed=seed, **chosen,
+            )  # fmt: skip
     emit(text, out)

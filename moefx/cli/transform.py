@@ -20,6 +20,8 @@ def transform(
     ],
     recipe: o.RecipeName = None,
     option: o.PassOptions = None,
+    calibration: o.CalibrationFile = None,
+    budget: o.Budget = None,
     only: o.Only = None,
     skip: o.Skip = None,
     seed: o.Seed = 0,
@@ -39,15 +41,14 @@ def transform(
     with working(o.verbosity(quiet, verbose)):
         from moefx import api
         from moefx.cli.models import build
-        from moefx.inspect.stages import DEFAULT_RECIPE
         from moefx.model.handle import handle_of
         from moefx.model.save import save
 
-        chosen = o.pass_options(option, recipe)
+        chosen = o.pass_options(option, recipe, budget)
         built, given = build(model, config=config, seed=seed, inputs=inputs)
         api.transform(
-            built, given, recipe=recipe or DEFAULT_RECIPE, only=only or None, skip=skip or None, verify=verify,
-            seed=seed, **chosen,
+            built, given, recipe=recipe, only=only or None, skip=skip or None, verify=verify, seed=seed,
+            calibration=o.load_calibration(calibration), budget=budget, **chosen,
         )  # fmt: skip
         save(built, out)
         handle = handle_of(built)

@@ -25,6 +25,7 @@ def verify(
     ] = None,
     recipe: o.RecipeName = None,
     option: o.PassOptions = None,
+    calibration: o.CalibrationFile = None,
     only: o.Only = None,
     skip: o.Skip = None,
     seed: o.Seed = 0,
@@ -47,7 +48,8 @@ def verify(
             facts = _folder(model, against, config, seed, inputs)
         else:
             built, given = build(model, config=config, seed=seed, inputs=inputs)
-            facts = _model(built, given, recipe, o.pass_options(option, recipe), only, skip, seed)
+            chosen = o.pass_options(option, recipe) | {"calibration": o.load_calibration(calibration)}
+            facts = _model(built, given, recipe, chosen, only, skip, seed)
     text = facts.pop("text")
     if json:
         head = {"format": "moefx.verify", "schema_version": 1, "ok": True}

@@ -57,9 +57,9 @@ class SitePlan(_Data):
 
     ``module`` is the module that is replaced as a whole, ``block`` the one whose own forward is rewritten (with the
     children in ``expand`` written out); a site has one or both. ``weights`` identify the site inside the block;
-    ``state`` names the carried value by which its router knows the one of the layer before. ``tokens``
-    says where the tokens of a whole block are, ``segment`` those of several, ``layer`` which of the ``layers`` blocks
-    it is. Counts are per token for compute, in elements for parameters.
+    ``state`` names the carried value by which its router knows the one of the layer before. ``options`` replace those
+    of the pass at this site. ``tokens`` says where the tokens of a whole block are, ``segment`` those of several,
+    ``layer`` which of the ``layers`` blocks it is. Counts are per token for compute, in elements for parameters.
     """
 
     name: str
@@ -80,6 +80,7 @@ class SitePlan(_Data):
     state: str = ""
     layer: int = 0
     layers: int = 1
+    options: JSON = {}
     saved_fraction: float = 0.0
     calls: int = 1
     parameters_before: int

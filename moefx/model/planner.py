@@ -14,17 +14,19 @@ from moefx.graph import Graph, ModuleCall
 from moefx.graph.origin import show_source
 from moefx.model.carry import Carrying, below, root_inputs
 from moefx.model.forward import make_forward
+from moefx.model.handle import applied_passes
 from moefx.model.local import call_inputs, encode, local_graph
 from moefx.model.plan import Cost, PassPlan, Plan, SitePlan, SkippedSite, TapPlan
 from moefx.model.realise import find_site
 from moefx.model.select import Patterns, check_patterns, patterns, selected
-from moefx.model.taps import choose_tap
+from moefx.model.taps import OF_ATTENTION, attention_over_text, choose_tap
 from moefx.model.whole_block import plan_segment, plan_whole_block
 from moefx.passes.analysis import Facts, analyse
 from moefx.passes.analysis.local import weight_names
 from moefx.passes.analysis.site import Site
 from moefx.passes.analysis.tokens import NotByToken
-from moefx.passes.rewrite.base import BlockPass, CallPass, Pass, SegmentPass
+from moefx.passes.rewrite.base import BlockPass, CallPass, ModelPass, Pass, SegmentPass, get_pass
+from moefx.passes.rewrite.order import ANALYSED
 
 
 class Skip(Exception):
@@ -48,11 +50,16 @@ def make_plan(
     skipped: list[SkippedSite] = []
     carrying = Carrying(facts)
     for rule in rules:
+        if isinstance(rule, ModelPass):
+            planned.append(_plan_model(graph, rule, rules))
+            continue
         made, left = _plan_rule(graph, facts, rule, wanted, unwanted, carrying)
         planned += made
         skipped += left
+    _check_nesting(planned)
     if not planned:
-        raise NothingMatched(_asked(graph, rules), found=_what_was_found(facts, skipped), do=_what_to_do(facts))
+        do = _what_to_do(facts, graph, rules)
+        raise NothingMatched(_asked(graph, rules), found=_what_was_found(facts, skipped), do=do)
     kinds = {rule.site_kind for rule in rules}
     skipped += [_near_miss(m) for m in facts.misses if m.kind in kinds]
     return Plan(
@@ -65,7 +72,33 @@ def make_plan(
         carriers=carrying.carriers,
         skipped=tuple(skipped),
         warnings=tuple(w for rule in rules for w in rule.warnings()),
-        cost=_cost(graph, facts, planned),
+        cost=total_cost(graph, facts, planned),
+    )
+
+
+def _plan_model(graph: Graph, rule: ModelPass, rules: Sequence[Pass]) -> SitePlan:
+    """Plan a pass around the whole model, of which it adds a copy."""
+    if len(rules) > 1:
+        raise PlanError(
+            f"apply {', '.join(r.name for r in rules)} at once",
+            found=f"{rule.name} copies the model as it is before the others",
+            do=f"transform with the others first, then with {rule.name} in a transform of its own",
+        )
+    count = sum(p.numel() for p in graph.root.parameters())
+    return SitePlan(
+        name=type(graph.root).__name__,
+        kind="model",
+        flavour="",
+        role="main",
+        rule=rule.name,
+        tier="call",
+        module=None,
+        block="",
+        block_inputs=root_inputs(graph),
+        parameters_before=count,
+        parameters_after=2 * count,
+        active_before=0,
+        active_after=0,
     )
 
 
@@ -192,7 +225,7 @@ def _plan_block(facts: Facts, rule: Pass, site: Site, path: str, carrying: Carry
         raise Skip(f"{path!r} is called {len(calls)} times in one forward{what}")
     inputs = call_inputs(calls[0]) if path else root_inputs(graph)
     inline = not (site.region_is_module and site.kind == "ffn")
-    expand = _expand(graph, site, path) if inline else ()
+    expand = _expand(graph, site, path) if inline else _expand_attention(graph, facts, rule, path)
     local = local_graph(graph.root.get_submodule(path), inputs, "children", expand)
     make_forward(local)
     if inline:
@@ -266,6 +299,12 @@ def _expand(graph: Graph, site: Site, block: str) -> tuple[str, ...]:
     return tuple(sorted(path.removeprefix(prefix) for path in inner))
 
 
+def _expand_attention(graph: Graph, facts: Facts, rule: Pass, block: str) -> tuple[str, ...]:
+    """Return the modules of the block's attention over text, for a rule that reads its queries and keys."""
+    found = attention_over_text(facts, block) if set(rule.taps) & set(OF_ATTENTION) else None
+    return () if found is None else _expand(graph, found, block)
+
+
 def _tap(name: str, node: Node) -> TapPlan:
     value = node.meta["val"]
     return TapPlan(name=name, node=node.name, rank=value.ndim, width=value.shape[-1] if value.ndim > 1 else 1)
@@ -277,16 +316,18 @@ def _argument(local: Graph, child: str) -> Node | None:
     return call.args[0] if call is not None and call.args and isinstance(call.args[0], Node) else None
 
 
-def _cost(graph: Graph, facts: Facts, planned: list[SitePlan]) -> Cost:
+def total_cost(graph: Graph, facts: Facts, planned: Sequence[SitePlan]) -> Cost:
+    """Return parameters, bytes and FLOPs of the whole model, before and after."""
     parameters = {id(p): p for p in graph.root.parameters()}.values()
     before = sum(p.numel() for p in parameters)
     size = sum(p.numel() * p.element_size() for p in parameters)
     width = max((p.element_size() for p in parameters), default=4)
     grown = sum(s.parameters_after - s.parameters_before for s in planned)
     flops = int(facts.costs.flops)
-    tokens = {s.name: _tokens(facts, s.name) for s in planned}
-    extra = sum(2 * (s.active_after - s.active_before) * tokens[s.name] * s.calls for s in planned)
-    extra -= int(sum(s.saved_fraction * _site_flops(facts, s.name) for s in planned))
+    sites = [s for s in planned if s.kind != "model"]
+    tokens = {s.name: _tokens(facts, s.name) for s in sites}
+    extra = sum(2 * (s.active_after - s.active_before) * tokens[s.name] * s.calls for s in sites)
+    extra -= int(sum(s.saved_fraction * _site_flops(facts, s.name) for s in sites))
     return Cost(
         parameters_before=before,
         parameters_after=before + grown,
@@ -319,10 +360,37 @@ def _what_was_found(facts: Facts, skipped: Sequence[SkippedSite]) -> str:
     return "\n    ".join([head, *lines])
 
 
-def _what_to_do(facts: Facts) -> str:
+def _what_to_do(facts: Facts, graph: Graph, rules: Sequence[Pass]) -> str:
+    for rule in rules:
+        for earlier in sorted(applied_passes(graph.root)):
+            ended = rule.requires & (ANALYSED - get_pass(earlier).preserves)
+            if ended:
+                return (
+                    f"apply {rule.name} before {earlier}, which ends what it needs ({', '.join(sorted(ended))}): "
+                    "moefx.untransform the model and transform in that order"
+                )
     if facts.sites:
         return "see moefx.sites(model, inputs) for what there is, and change only=, skip= or the options"
     return "moefx finds projections with a nonlinearity between them, added to a residual stream; this model has none"
+
+
+def _check_nesting(planned: Sequence[SitePlan]) -> None:
+    """Refuse rewrites of a module that another rewrite writes out in the forward around it: they would be lost.
+
+    Raises:
+        PlanError: the message says in which order to apply the passes.
+    """
+    for outer in planned:
+        for inner in planned:
+            path = inner.module or inner.block or ""
+            written = [f"{outer.block}.{child}".lstrip(".") for child in outer.expand]
+            hit = next((w for w in written if path == w or path.startswith(f"{w}.")), None)
+            if outer.rule != inner.rule and hit is not None:
+                raise PlanError(
+                    f"apply {inner.rule} and {outer.rule} at once",
+                    found=f"{outer.rule} takes {hit!r} apart, which {inner.rule} rewrites by itself",
+                    do=f"transform with {inner.rule} first, then with {outer.rule} in a second transform",
+                )
 
 
 __all__ = ["MoefxError", "make_plan"]

@@ -34,6 +34,7 @@ from moefx.passes.rewrite.base import (
     CallPass,
     Context,
     Edit,
+    ModelPass,
     Pass,
     SegmentContext,
     SegmentPass,
@@ -85,7 +86,7 @@ def realise(
         rule.calibration = calibration
     for site in plan.sites:
         if site.tier == "module":
-            rule = rules[site.rule]
+            rule = _rule_of(rules, site)
             assert isinstance(rule, SitePass)
             change, made = _replace_module(model, site, rule, plan.seed)
             changes.append(change)
@@ -106,6 +107,16 @@ def realise(
     return changes, built
 
 
+def _rule_of(rules: dict[str, Pass], site: SitePlan) -> Pass:
+    """Return the pass of a site, with the options it has there."""
+    rule = rules[site.rule]
+    if not site.options:
+        return rule
+    own = type(rule)(**rule.options.model_dump() | site.options)
+    own.calibration = rule.calibration
+    return own
+
+
 def _wrap_call(model: nn.Module, plan: Plan, site: SitePlan, rule: CallPass, changes: list[Change]) -> Change:
     """Let a child decide when a module runs; on top of what its own forward was rewritten to, if it was.
 
@@ -123,7 +134,8 @@ def _wrap_call(model: nn.Module, plan: Plan, site: SitePlan, rule: CallPass, cha
     module = find_module(model, path)
     before = next((c for c in changes if c.path == path), Change(path))
     forward = before.forward or type(module).forward
-    return Change(path, {**before.children, rule.child: rule.around(module)}, called_by(forward, rule.child))
+    called = called_with if isinstance(rule, ModelPass) else called_by
+    return Change(path, {**before.children, rule.child: rule.around(module)}, called(forward, rule.child))
 
 
 @functools.cache
@@ -133,6 +145,17 @@ def called_by(forward: Forward, child: str) -> Forward:
     @functools.wraps(forward)
     def called(self: Any, *args: Any, **kwargs: Any) -> Any:
         return getattr(self, child)(lambda: forward(self, *args, **kwargs))
+
+    return called
+
+
+@functools.cache
+def called_with(forward: Forward, child: str) -> Forward:
+    """Return a method that gives the module's ``child`` ``forward`` and the arguments of the call."""
+
+    @functools.wraps(forward)
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self, child)(functools.partial(forward, self), args, kwargs)
 
     return called
 
@@ -214,7 +237,7 @@ def _rewrite_block(
 
 def _rewrite_site(model: nn.Module, graph: Graph, plan: SitePlan, shared: _Shared) -> tuple[Realised, Edit]:
     """Let the rule of one site change the graph of the module that it lives in."""
-    rule, seed = shared.rules[plan.rule], shared.seed
+    rule, seed = _rule_of(shared.rules, plan), shared.seed
     taps = {tap.name: _node(graph, tap.node, plan.block or "") for tap in plan.taps}
     if isinstance(rule, BlockPass):
         return _whole_block(model, graph, plan, rule, seed, shared.common, taps)

@@ -8,6 +8,9 @@ condition      ``[B, D_c]``: an embedding of the timestep, of the label or poole
 label          ``[B]``: the label itself, an integer, as it entered the model
 pooled         ``[B, D_p]``: an embedding of the label or pooled text alone
 text           ``[B, S, D_s]``: the text tokens
+words          ``[B, S, D_w]``: what the block's attention over text projects the keys of the text from
+queries        ``[B, H, T, d]``: its queries, in joint attention those of the text too
+keys           ``[B, H, S, d]``: its keys, in joint attention those of the image too
 unmodulated    ``[B, T, D]``: the site's input after its norm, before adaLN scales and shifts it
 =============  ======================================================================================================
 """
@@ -26,6 +29,8 @@ from moefx.errors import OptionError, nearest
 from moefx.graph import Graph, ModuleCall
 from moefx.graph.kinds import MOVES, op
 from moefx.passes.analysis import Facts
+from moefx.passes.analysis.local import local_sites, weight_names
+from moefx.passes.analysis.site import Site
 from moefx.passes.analysis.streams import is_whole_operand
 
 Found = frozenset[str]
@@ -61,7 +66,8 @@ _WANTED = {
     "label": _Wanted(_LABEL, _LABEL, lambda v: v.ndim == 1 and not v.is_floating_point(), lambda *_: 0),
     "text": _Wanted(_TEXT, _TEXT | {"mask", "position"}, _sequence, lambda *_: 0),
 }
-TAPS = (*_WANTED, "unmodulated")
+OF_ATTENTION = ("words", "queries", "keys")
+TAPS = (*_WANTED, *OF_ATTENTION, "unmodulated")
 
 
 def choose_tap(
@@ -83,6 +89,8 @@ def choose_tap(
         raise OptionError(f"read the tap {name!r}", found="no such tap", do=nearest(name, TAPS))
     if name == "unmodulated":
         return _before_modulation(entry, local) if entry is not None else None
+    if name in OF_ATTENTION:
+        return _of_attention(name, facts, call, local)
     classes = _classes(facts, call, local)
     wanted = _WANTED[name]
     best: tuple[tuple[int, int], Node] | None = None
@@ -95,6 +103,31 @@ def choose_tap(
         if best is None or (rank, i) < best[0]:
             best = (rank, i), node
     return best[1] if best else None
+
+
+def attention_over_text(facts: Facts, block: str) -> Site | None:
+    """Return the attention inside ``block`` whose keys are those of another sequence, alone or beside its own."""
+    inside = [s for s in facts.sites if s.kind == "attention" and s.path.startswith(f"{block}." if block else "")]
+    return next((s for s in inside if s.flavour in ("cross", "joint")), None)
+
+
+def _of_attention(name: str, facts: Facts, call: ModuleCall | None, local: Graph) -> Node | None:
+    prefix = f"{call.path}." if call is not None else ""
+    whole = attention_over_text(facts, prefix[:-1])
+    if whole is None:
+        return None
+    same = (s for s in local_sites(local) if s.kind == "attention")
+    site = next((s for s in same if tuple(prefix + n for n in weight_names(s)) == weight_names(whole)), None)
+    if site is None:
+        return None
+    if name != "words":
+        found: Node = site.operands[name[0]]
+        return found if found.meta["val"].ndim == 4 else None
+    # Which of two streams is the image's depends on the graph around the block.
+    mine = whole.operands["w_k"].fqn
+    others = [s.x for s in site.operands["streams"] if s.k is not None and prefix + s.k.weight.fqn != mine]
+    context: Node = site.operands["context"]
+    return context if whole.flavour == "cross" else next(iter(others), None)
 
 
 def _before_modulation(entry: Node, local: Graph) -> Node | None:

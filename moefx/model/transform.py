@@ -12,11 +12,12 @@ from torch import nn
 from moefx.errors import InputError, MoefxWarning, PlanError, VerifyError
 from moefx.graph import Graph, trace
 from moefx.graph.signature import Inputs
+from moefx.model.budget import within_budget
 from moefx.model.diffusers import as_saved_class
 from moefx.model.handle import ATTRIBUTE, Applied, Handle, applied_passes, handle_of
 from moefx.model.install import apply_changes, undo_changes
 from moefx.model.plan import Plan
-from moefx.model.planner import make_plan
+from moefx.model.planner import make_plan, total_cost
 from moefx.model.realise import Realised, realise
 from moefx.model.report import Report
 from moefx.model.select import Patterns
@@ -30,8 +31,10 @@ from moefx.model.verify import (
     run,
     run_dense,
 )
+from moefx.passes.analysis import analyse
 from moefx.passes.calibration import Calibration
 from moefx.passes.rewrite.base import Pass
+from moefx.routing.switch import ModelSwitch
 
 
 class Clock:
@@ -65,6 +68,12 @@ def check_model(model: object, rules: Sequence[Pass]) -> nn.Module:
             found="it was transformed by the same pass before",
             do="use it as it is, or call moefx.untransform(model) first",
         )
+    if any(isinstance(child, ModelSwitch) for child in model.children()):
+        raise PlanError(
+            f"rewrite the inside of {type(model).__name__}",
+            found="a switch between two whole models, of which a pass would see one",
+            do="transform the inside first, and switch models in the last transform",
+        )
     return model
 
 
@@ -78,12 +87,17 @@ def plan_model(
     skip: Patterns,
     seed: int,
     clock: Clock,
+    budget: float | None = None,
+    calibration: Calibration | None = None,
 ) -> tuple[Graph, Plan]:
     """Trace, analyse and plan."""
     with clock.stage("trace"):
         graph = trace(model, inputs)
     with clock.stage("plan"):
         plan = make_plan(graph, rules, recipe=recipe, only=only, skip=skip, seed=seed)
+        if budget is not None:
+            facts = analyse(graph)
+            plan = within_budget(graph, plan, rules, budget, calibration, lambda sites: total_cost(graph, facts, sites))
     return graph, plan
 
 
@@ -98,12 +112,24 @@ def transform_model(
     seed: int,
     verify: bool,
     calibration: Calibration | None = None,
+    budget: float | None = None,
 ) -> nn.Module:
     """Apply ``rules`` to ``model`` in place and return it; a failure leaves it as it was."""
     clock = Clock()
     check_model(model, rules)
     _check_calibration(rules, calibration)
-    graph, plan = plan_model(model, inputs, rules, recipe=recipe, only=only, skip=skip, seed=seed, clock=clock)
+    graph, plan = plan_model(
+        model,
+        inputs,
+        rules,
+        recipe=recipe,
+        only=only,
+        skip=skip,
+        seed=seed,
+        clock=clock,
+        budget=budget,
+        calibration=calibration,
+    )
     with clock.stage("verify"):
         check_weights(graph, [name for site in plan.sites for name in site.weights])
     meta = any(p.is_meta for p in model.parameters())

@@ -164,7 +164,8 @@ def _tap_values(made: Realised, x: torch.Tensor, seed: int) -> list[torch.Tensor
     draws = torch.Generator().manual_seed(seed + 1)
     values = []
     for tap in made.plan.taps:
-        shape = {1: (x.shape[0],), 2: (x.shape[0], tap.width), 3: (x.shape[0], 1, tap.width)}[tap.rank]
+        # One head, word or position will do for what has several.
+        shape = (x.shape[0], *[1] * (tap.rank - 2), *[tap.width] * (tap.rank > 1))
         values.append(torch.rand(shape, generator=draws).to(x))
     return values
 

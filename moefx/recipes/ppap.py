@@ -31,10 +31,9 @@ RECIPE = register_recipe(
             losses="none",
             start="equal",
         ),
-        notes="Intervals are half open and chosen per sample; the released code lets a boundary belong to two "
-        "and takes the first sample's timestep for the batch, and leaves alpha / r out in training. "
-        "Trainable biases are not part of it. The unused router keeps its weights at the start. Needs a "
-        "block that sees the raw timestep. bounds= takes other cuts.",
+        notes="Intervals are half open and chosen per sample; the released code lets a boundary belong to two and "
+        "takes the first sample's timestep for the batch, and leaves alpha / r out in training. Trainable biases are "
+        "not part of it. bounds= and cut= take other intervals.",
         aliases=("timestep-experts",),
     )
 )

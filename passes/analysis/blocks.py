@@ -77,9 +77,17 @@ def structure(flow: Flow, nodes: tuple[Node, ...]) -> Hashable:
     for node in nodes:
         what = flow.ops[node]
         if what.kind not in ("size", "param"):
-            made.append((what.name, *(place.get(source, -1) for source in what.inputs)))
+            made.append((_spelling(flow, node), *(place.get(source, -1) for source in what.inputs)))
             place[node] = len(place)
     return hash(tuple(made))
+
+
+def _spelling(flow: Flow, node: Node) -> str:
+    """Return the name of an operation; of a module whose inside is not seen, its type instead of its path."""
+    what = flow.ops[node]
+    if what.kind != "module":
+        return what.name
+    return type(flow.graph.root.get_submodule(str(node.target))).__name__
 
 
 # -- by module invocation ----------------------------------------------------------------------------------------------
@@ -90,7 +98,7 @@ def _chosen(
 ) -> list[ModuleCall]:
     """Return those of the invocations that are blocks, in program order."""
     nodes = {id(c): set(c.nodes) for c in mapping}
-    count = {id(c): sum(_within(s, nodes[id(c)]) for s in layers) for c in mapping}
+    count = {id(c): sum(_within(s, nodes[id(c)]) for s in layers) + _routed(context, c) for c in mapping}
     chosen: list[ModuleCall] = []
     taken: set[Node] = set()
     for call in sorted(mapping, key=lambda c: len(c.nodes)):
@@ -102,6 +110,12 @@ def _chosen(
             chosen.append(call)
             taken |= nodes[id(call)]
     return sorted(chosen, key=lambda c: context.flow.index[c.nodes[0]])
+
+
+def _routed(context: Context, call: ModuleCall) -> int:
+    """Count the sub-layers that an earlier rewrite replaced: modules that map tokens to tokens, and no sites now."""
+    inside = [n for n in call.nodes if context.flow.ops[n].kind == "module" and context.flow.ops[n].inputs]
+    return sum(shape(n) == shape(context.flow.ops[n].inputs[0]) and len(shape(n) or ()) == 3 for n in inside)
 
 
 def _within(site: Site, nodes: set[Node]) -> bool:

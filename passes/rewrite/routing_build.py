@@ -14,6 +14,7 @@ from moefx.passes.rewrite.routing_options import RoutingOptions
 from moefx.routing.by_expert import ExpertChoice, PredictedChoice
 from moefx.routing.initialise import normal_rows, untie
 from moefx.routing.moe import Loss
+from moefx.routing.over_time import OverTime
 from moefx.routing.recurrent import FollowingRouter, GRUCell, GRUScorer, ResidualScorer
 from moefx.routing.router import LinearRouter
 from moefx.routing.scorers import (
@@ -21,6 +22,7 @@ from moefx.routing.scorers import (
     LinearScorer,
     MLPScorer,
     NormScorer,
+    NoRouter,
     RandomScorer,
     Router,
     TableRouter,
@@ -93,18 +95,22 @@ def build_selector(o: RoutingOptions, context: Context, dim: int, count: int) ->
     elif o.selector == "all":
         made = All()
     elif o.selector == "interval":
-        made = Interval(o.intervals, steps=o.timesteps, bounds=o.bounds)
+        made = Interval(o.intervals, steps=o.timesteps, bounds=o.inner_bounds)
     elif o.selector == "expert-choice":
         made = ExpertChoice(o.capacity, pool=o.pool, noise=o.router_noise > 0)
     elif o.selector == "predicted":
         made = PredictedChoice(dim, count, o.capacity, generator=context.generator("predictor"))
     else:
         made = TopK(k)
+    if o.over_time:
+        made = OverTime(made, o.over_time, steps=o.timesteps)
     return Forced(o.always, made) if o.always else made
 
 
 def build_router(o: RoutingOptions, context: Context, dim: int, count: int, device: torch.device) -> nn.Module:
     """Return the router over ``count`` experts."""
+    if o.by_rule:
+        return NoRouter(count)
     if o.scorer == "table":
         return TableRouter(count, entries=max(o.intervals or [10]), steps=o.timesteps).to(device)
     if o.state == "shared" and context.layer % (o.share_every or context.layer + 1):
@@ -183,6 +189,8 @@ def _tap_width(context: Context, name: str) -> int:
 
 def router_parameters(o: RoutingOptions, dim: int, tap_width: int, *, rows: int = 0) -> int:
     """Return the parameters of router and selector; ``tap_width`` as for `Pass.costs`."""
+    if o.by_rule:
+        return 0
     count = rows or o.groups
     taps = [name for name in o.reads if name != "token"]
     width = dim * ("token" in o.reads) + ((tap_width or TIMESTEP_WIDTH) if taps else 0)
@@ -212,6 +220,9 @@ def state_costs(o: RoutingOptions, dim: int, tap_width: int, layer: int) -> tupl
 
 def mean_experts(o: RoutingOptions) -> float:
     """Return how many experts a token gets on average, as far as the options say it."""
+    if o.over_time:
+        share = sum(o.over_time) / len(o.over_time)
+        return share * mean_experts(o.model_copy(update={"over_time": []}))
     if o.selector in ("expert-choice", "predicted", "race"):
         return min(o.capacity * o.granularity, o.experts)
     if o.selector == "all":

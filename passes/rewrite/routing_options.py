@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from moefx.errors import OptionError
 from moefx.passes.rewrite.base import Options
 from moefx.routing.finite import check_policy
+from moefx.routing.intervals import schedule_bounds
 from moefx.routing.normalise import MODES, SUM_TO_ONE, default_mode
 from moefx.routing.terms import check_terms
 
@@ -74,7 +75,16 @@ class RoutingOptions(Options):
     max_per_token: int | None = Field(None, ge=1, description="top-p, threshold, race: most experts of a token")
     intervals: list[int] = Field([], description="interval: numbers of timestep intervals; their sum is E")
     bounds: list[float] | None = Field(None, description="interval: inner boundaries of the first partition")
+    cut: Literal["time", "log-snr", "clusters"] = Field(
+        "time",
+        description="interval: cut the first partition by equal times, equal log-SNR, or clusters of log-SNR (ANT)",
+    )
+    noise_schedule: Literal["linear", "scaled-linear", "flow"] = Field("linear", description="whose log-SNR cut means")
     timesteps: float = Field(1000.0, gt=0, description="raw timesteps are in [0, this); 1 if they are sigma")
+    over_time: list[float] = Field(
+        [],
+        description="share of top_k or of the capacity, for equal intervals of the timestep from t = 0; []: all of it",
+    )
     always: list[int] = Field([], description="experts that every token gets, beside what the selector takes")
     normalise: str | None = Field(None, description="gate normalisation, or N1 … N10; None: exact where possible")
     scale: float = Field(1.0, gt=0, description="factor on every gate")
@@ -126,9 +136,14 @@ class RoutingOptions(Options):
         return self.experts // self.granularity
 
     @property
+    def by_rule(self) -> bool:
+        """Whether the timestep's interval is all that decides, so that no router is needed."""
+        return self.selector == "interval" and self.mode == "unit"
+
+    @property
     def reads(self) -> tuple[str, ...]:
         """What the router reads, in order."""
-        return () if self.scorer == "table" else tuple(self.router_input.split("+"))
+        return () if self.scorer == "table" or self.by_rule else tuple(self.router_input.split("+"))
 
     @property
     def mode(self) -> str:
@@ -146,9 +161,16 @@ class RoutingOptions(Options):
         return tuple(dict.fromkeys(taps + ["timestep"] * self.needs_raw_timestep))
 
     @property
+    def inner_bounds(self) -> list[float] | None:
+        """The inner boundaries of the first partition of timesteps; None for equal intervals."""
+        if self.cut == "time" or self.bounds is not None:
+            return self.bounds
+        return list(schedule_bounds(self.intervals[0], self.cut, self.noise_schedule, self.timesteps))
+
+    @property
     def needs_raw_timestep(self) -> bool:
         """Whether an embedding of the timestep is not enough."""
-        return self.selector == "interval" or self.scorer == "table"
+        return self.selector == "interval" or self.scorer == "table" or bool(self.over_time)
 
     @property
     def batch_invariant(self) -> bool:
@@ -167,7 +189,7 @@ class RoutingOptions(Options):
 
     @property
     def _covers(self) -> bool:
-        full = self.selector == "expert-choice" and self.capacity >= self.groups
+        full = self.selector == "expert-choice" and self.capacity >= self.groups and not self.over_time
         return self.selector in COVERING or bool(self.always) or full
 
 
@@ -188,6 +210,12 @@ def _conflict(o: RoutingOptions) -> str:
         return f"selection_bias shifts a ranking, which {o.selector} does not make"
     if o.selector == "interval" and sum(o.intervals) != o.groups:
         return f"intervals = {o.intervals} must add up to the {o.groups} experts"
+    if o.cut != "time" and (o.selector != "interval" or o.bounds is not None):
+        return f"cut = {o.cut} makes the bounds of selector = interval: give no bounds"
+    if o.over_time and not (chosen or (o.selector == "expert-choice" and o.pool == "sample")):
+        return "over_time goes with selectors of the top-k kind and expert-choice per sample"
+    if any(not 0 < share <= 1 for share in o.over_time):
+        return f"over_time = {o.over_time} must be shares in (0, 1]"
     if o.selector == "predicted" and o.always:
         return "always does not go with selectors by expert"
     if o.selector == "expert-choice" and (o.always or (isinstance(o.pool, int) and o.pool < 1)):

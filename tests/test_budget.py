@@ -1,0 +1,95 @@
+"""A target for active FLOPs: the choice against trying every one, what it makes, and the command line."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import moefx
+from moefx.errors import InputError, PlanError
+from tests.recipe_support import MARKS
+from tests.split_support import batch, calibrated
+from tests.test_cli import DIT, run
+
+pytestmark = MARKS
+SMALL = {"experts": 6, "shared": 2, "top_k": 3}
+
+
+def test_the_choice_is_the_best_of_all() -> None:
+    model, calibration = calibrated()
+    plan = moefx.plan(model, batch(0), budget=0.8, calibration=calibration, **SMALL)
+    assert plan.recipe == "moefx-split"
+    wide = moefx.plan(model, batch(0), recipe="moefx-split", **SMALL)
+    assert plan.cost.flops_ratio <= 0.8
+    chosen = {site.name: site.options["top_k"] for site in plan.sites}
+    choices = []
+    for site in wide.sites:
+        taylor = calibration.layer(site.name).taylor
+        importance = (taylor.mean * taylor.count.unsqueeze(1)).sum(0) / taylor.count.sum()
+        falling = sorted(importance.tolist(), reverse=True)
+        tokens = 6 * 16  # six images of 8 x 8 in patches of 2 x 2
+        found = [(None, 0.0, 0.0)]
+        for k in range(1, 6):
+            active = site.active_before * (2 + k) // 8 + 6 * 16
+            found.append((k, 2.0 * (active - site.active_before) * tokens, sum(falling[8 * (2 + k) :])))
+        choices.append(found)
+    base = wide.cost.flops_before
+    legal = [c for c in itertools.product(*choices) if base + sum(one[1] for one in c) <= 0.8 * base]
+    best = min(legal, key=lambda c: sum(one[2] for one in c))
+    assert chosen == {s.name: one[0] for s, one in zip(wide.sites, best, strict=True) if one[0] is not None}
+    assert plan.cost.flops_after == pytest.approx(base + sum(one[1] for one in best), abs=2)
+    assert f"({plan.cost.flops_ratio:.3f} of the dense model)" in str(plan)
+
+
+def test_a_transform_within_the_budget_is_saved_with_its_ratios(tmp_path: Path) -> None:
+    dense, calibration = calibrated()
+    model = moefx.transform(copy.deepcopy(dense), batch(0), budget=0.85, calibration=calibration, **SMALL)
+    plan = model.moefx.report.plan
+    assert plan.cost.flops_ratio <= 0.85
+    layers = {site.options["top_k"]: model.get_submodule(site.name) for site in plan.sites}
+    for layer in layers.values():
+        layer.record.assigned.zero_()
+    for i in range(4):
+        model(*batch(i))
+    for top_k, layer in layers.items():  # the thresholds were set on these very tokens
+        assert float(layer.record.assigned.sum()) / (4 * 6 * 16) == pytest.approx(top_k, abs=0.6)
+    moefx.save(model, tmp_path / "m")
+    again = moefx.load(tmp_path / "m", copy.deepcopy(dense))
+    assert torch.equal(again(*batch(1)), model(*batch(1)))
+
+
+def test_impossible_requests() -> None:
+    model, calibration = calibrated()
+    with pytest.raises(PlanError, match="at its smallest the model keeps 0"):
+        moefx.plan(model, batch(0), budget=0.1, calibration=calibration, **SMALL)
+    with pytest.raises(InputError, match="no calibration"):
+        moefx.plan(model, batch(0), budget=0.5)
+    with pytest.raises(InputError, match="no share"):
+        moefx.plan(model, batch(0), budget=1.5, calibration=calibration)
+    with pytest.raises(PlanError, match="use a recipe that splits"):
+        moefx.plan(model, batch(0), recipe="sparse-upcycling", budget=0.5, calibration=calibration)
+    own = moefx.plan(model, batch(0), recipe="dydit-tokens", budget=0.7)
+    assert own.passes[0].options["budget"] == 0.7
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    file, folder = str(tmp_path / "c.safetensors"), str(tmp_path / "out")
+    made = json.loads(run("calibrate", DIT, "--synthetic", "2", "--out", file, "--json", "-q").stdout)
+    assert made["format"] == "moefx.calibration"
+    assert all(layer["tokens"] == layer["kept"] > 0 for layer in made["layers"].values())
+    options = ["--calibration", file, "--budget", "0.8", "-o", "experts=6", "-o", "shared=2", "-o", "top_k=3"]
+    plan = json.loads(run("plan", DIT, *options, "--json", "-q").stdout)["plan"]
+    assert plan["cost"]["flops_after"] <= 0.8 * plan["cost"]["flops_before"]
+    assert "moefx-split" in run("plan", DIT, *options, "-q").stdout
+    receipt = json.loads(run("transform", DIT, *options, "--out", folder, "--json", "-q").stdout)
+    assert receipt["report"]["plan"]["sites"] == plan["sites"]
+    assert "no data" in run("calibrate", DIT, "--out", file, code=2).stderr
+    own = "tests.cli_models:batches"
+    assert "2 layers" in run("calibrate", DIT, "--batches", own, "--out", file, "-q").stdout
+    run("transform", DIT, "--recipe", "moefx-split", "--out", folder, code=2)
+    run("plan", DIT, "--budget", "0.5", "--calibration", str(tmp_path / "no"), code=5)
