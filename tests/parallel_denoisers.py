@@ -45,12 +45,12 @@ def flux() -> Numbers:
 def every_strategy(name: str, model: nn.Module, inputs: Inputs) -> Numbers:
     """Return the worst error of output, loss and all gradients, by strategy and dtype."""
     trace, found = trace_of(model, inputs), {}
+    plans = {strategy.name: planned(strategy.name, trace, model) for strategy in strategies()}
     for dtype in (torch.float64, torch.float32):
         whole = copy.deepcopy(model).to(dtype)
         results = reference(whole, inputs)
-        for strategy in strategies():
-            plan = planned(strategy.name, trace, whole)
-            found[f"{name} {strategy.name} {dtype}"] = strategy_error(whole, plan, inputs, results)
+        for strategy, plan in plans.items():
+            found[f"{name} {strategy} {dtype}"] = strategy_error(whole, plan, inputs, results)
     return dict(found)
 
 
