@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from moefx.api import misses, plan, sites, transform, untransform
+    from moefx.bisection import bisect
     from moefx.errors import MoefxError
     from moefx.graph import Graph, trace
     from moefx.inspect.dump import dump
@@ -30,6 +31,7 @@ _PUBLIC = {
     "Graph": "moefx.graph",
     "MoefxError": "moefx.errors",
     "aux_loss": "moefx.training",
+    "bisect": "moefx.bisection",
     "calibrate": "moefx.passes.calibration",
     "dump": "moefx.inspect.dump",
     "health": "moefx.training",
@@ -53,6 +55,7 @@ __all__ = [
     "MoefxError",
     "__version__",
     "aux_loss",
+    "bisect",
     "calibrate",
     "dump",
     "health",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moefx.cli.bisect import bisect
 from moefx.cli.calibrate import calibrate
 from moefx.cli.codegen import codegen
 from moefx.cli.doctor import doctor
@@ -16,7 +17,21 @@ from moefx.cli.trace import trace
 from moefx.cli.transform import transform
 from moefx.cli.verify import verify
 
-for _command in (dump, sites, calibrate, plan, transform, verify, codegen, topology, trace, place, recipes, doctor):
+for _command in (
+    dump,
+    sites,
+    calibrate,
+    plan,
+    transform,
+    verify,
+    bisect,
+    codegen,
+    topology,
+    trace,
+    place,
+    recipes,
+    doctor,
+):
     app.command()(_command)
 
 __all__ = ["app", "main"]
