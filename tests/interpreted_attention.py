@@ -1,4 +1,4 @@
-"""Kernels of routed-head attention against dense attention in float64; run by ``test_codegen_attention.py``."""
+"""Kernels of routed-head attention against dense attention in float64; run by ``test_codegen_kernels.py``."""
 
 from __future__ import annotations
 

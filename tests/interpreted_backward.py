@@ -1,4 +1,4 @@
-"""Gradients by emitted kernels against float64 autograd, in Triton's interpreter; run by ``test_codegen_backward.py``.
+"""Gradients by emitted kernels against float64 autograd, in Triton's interpreter; run by ``test_codegen_kernels.py``.
 
 Shapes: T tokens, k slots, R = T * k rows, E experts, K input and N output columns.
 """

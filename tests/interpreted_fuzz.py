@@ -1,4 +1,4 @@
-"""Random pointwise graphs, printed into kernels forward and backward; run by ``test_codegen_fuzz.py`` in a child.
+"""Random pointwise graphs, printed into kernels forward and backward; run by ``test_codegen_kernels.py``.
 
 Reference: torch autograd in float64.  What float32 itself loses on such a graph is measured on torch and allowed for.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moefx.codegen import LinearSpec, Schedule, runtime, trace_pointwise
-from moefx.codegen.backward import Launcher
+from moefx.codegen.launcher import Launcher
 from moefx.codegen.kernels import PointGradSpec
 from tests.interpreted_kernels import Function, _poisoned_memory, random_expression  # noqa: F401
 

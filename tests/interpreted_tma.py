@@ -1,4 +1,4 @@
-"""Kernels that load through tensor descriptors, in Triton's interpreter; run by ``test_codegen_tma.py`` in a child."""
+"""Kernels that load through tensor descriptors, in Triton's interpreter; run by ``test_codegen_kernels.py``."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from moefx.codegen.derivative import differentiate
 from moefx.codegen.pointwise import OPS, Builder
 from moefx.codegen.spec import Kernel
 from tests.codegen_support import down_projection, gated_projection, needs_triton, two_weights, up_projection
-from tests.test_codegen_kernels import interpret, why_no_interpreter
 
 ACTIVATIONS: list[Callable[[Tensor], Tensor]] = [
     F.gelu,
@@ -91,13 +89,6 @@ def test_expressions_that_are_not_zero_at_zero_are_known() -> None:
     assert trace_pointwise(F.gelu, 8).keeps_zero
     assert not trace_pointwise(torch.sigmoid, 8).keeps_zero
     assert math.isclose(float(trace_pointwise(torch.sigmoid, 8).evaluate(torch.zeros(1))), 0.5)
-
-
-@pytest.mark.skipif(why_no_interpreter() is not None, reason=str(why_no_interpreter()))
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_in_the_interpreter(tmp_path: Path) -> None:
-    interpret("interpreted_backward.py", tmp_path)
 
 
 REGIONS = {"gelu": up_projection, "gated": gated_projection, "two weights": two_weights}

@@ -27,15 +27,28 @@ def why_no_interpreter() -> str | None:
     return None
 
 
-def interpret(script: str, cache: Path) -> None:
-    """Run a file of tests in a process whose Triton interprets."""
+def interpret(script: str, cache: Path, *more: str) -> None:
+    """Run files of tests in one process whose Triton interprets: each such process takes seconds to start."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "MOEFX_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / script)]
+    files = [str(TESTS / name) for name in (script, *more)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
 @pytest.mark.skipif(why_no_interpreter() is not None, reason=str(why_no_interpreter()))
-@pytest.mark.parametrize("script", ["interpreted_kernels.py", "interpreted_backend.py"])
-def test_in_the_interpreter(script: str, tmp_path: Path) -> None:
-    interpret(script, tmp_path)
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "scripts",
+    [
+        ("interpreted_kernels.py", "interpreted_attention.py", "interpreted_tma.py"),
+        ("interpreted_backend.py", "interpreted_models.py"),
+        ("interpreted_backward.py", "interpreted_fuzz.py"),
+    ],
+    ids=["forward", "backend", "backward"],
+)
+def test_in_the_interpreter(scripts: tuple[str, ...], tmp_path: Path) -> None:
+    if "interpreted_models.py" in scripts:
+        pytest.importorskip("diffusers")
+    interpret(scripts[0], tmp_path, *scripts[1:])

@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch.nn.functional as F
 
 from moefx.codegen import LinearSpec, Schedule, emit, target, trace_pointwise
 from moefx.codegen.schedule import why_no_descriptors
-from tests.test_codegen_kernels import TESTS, why_no_interpreter
-
-
-@pytest.mark.skipif(why_no_interpreter() is not None, reason=str(why_no_interpreter()))
-def test_in_the_interpreter(tmp_path: Path) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "MOEFX_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "interpreted_tma.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent, check=False)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from examples.dit import DiT
 from examples.randomise import randomise_zeros
-from moefx import aux_loss
+from moefx import aux_loss, zoo
 from moefx.api import plan, transform, untransform
 from moefx.errors import NothingMatched, OptionError
+from moefx.graph.inputs import synthesise
 
 Inputs = tuple[Tensor, ...]
 
@@ -138,6 +139,41 @@ def test_mixture_of_blocks_runs_adjacent_blocks_per_sample() -> None:
     assert aux_loss(model).requires_grad
 
 
+@torch.no_grad()
+def test_blocks_that_no_sample_takes_do_not_run() -> None:
+    model, inputs = _dit()
+    transform(model, inputs, recipe="mixture-of-blocks", router_std=1.0, max_error=10.0)
+    runs = [0] * 6
+    for i, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda *_, i=i: runs.__setitem__(i, runs[i] + 1))
+    for sample in range(3):
+        one = tuple(v[sample : sample + 1] for v in inputs)
+        with torch.enable_grad():
+            everything = model(*one)
+        assert runs == [1] * 6, "with gradients all blocks run"
+        runs[:] = [0] * 6
+        torch.testing.assert_close(model(*one), everything.detach(), rtol=1e-12, atol=1e-12)
+        assert [sum(runs[:3]), sum(runs[3:])] == [2, 2]
+        assert runs[1] == runs[4] == 1, "adjacent blocks"
+        runs[:] = [0] * 6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["SD3Transformer2DModel", "FluxTransformer2DModel"])
+def test_blocks_of_several_streams_hand_all_of_them_on(name: str) -> None:
+    model = zoo.tiny(name).eval()
+    transform(model, recipe="mixture-of-blocks", group=2, active=1, router_std=1.0, max_error=100.0, verify=False)
+    runs: list[bool] = []
+    for block in model.transformer_blocks:
+        block.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+    for seed in (1, 2):
+        inputs = synthesise(model, batch=1, seed=seed)
+        with torch.enable_grad():
+            everything = model(**inputs)[0].detach()
+        torch.testing.assert_close(model(**inputs)[0], everything, rtol=1e-5, atol=1e-6)
+    assert 0 < runs.count(False) < runs.count(True), "fewer blocks run without gradients"
+
+
 def test_all_blocks_of_a_group_are_the_dense_model() -> None:
     model, inputs = _dit()
     wanted = model(*inputs)
@@ -145,16 +181,17 @@ def test_all_blocks_of_a_group_are_the_dense_model() -> None:
     assert torch.equal(model(*inputs), wanted)
 
 
-@pytest.mark.long
+@torch.no_grad()
 @pytest.mark.parametrize("recipe", ["tread", "mixture-of-blocks"])
 def test_compiles_whole_for_two_batch_sizes(recipe: str) -> None:
     torch._dynamo.reset()
     model, inputs = _dit(3)
     transform(model, inputs, recipe=recipe, verify=False)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
     for batch in (3, 2):
         part = tuple(v[:batch] for v in inputs)
-        torch.testing.assert_close(compiled(*part), model(*part))
+        with torch._dynamo.config.patch(error_on_recompile=batch == 2):
+            torch.testing.assert_close(compiled(*part), model(*part))
 
 
 def test_impossible_segments_are_refused() -> None:
