@@ -264,6 +264,9 @@ def kernel(
     z{{ loop.index }}_ptr,  # {{ dtype }} {{ {"row": "[T, D]", "sample": "[B, D]", "column": "[D]"}[kind] }}, contiguous
 {% endfor %}
     out_ptr,  # {{ dtype }} [T, D]
+{% if keep %}
+    kept_ptr,  # {{ dtype }} [T, D], the sum alone
+{% endif %}
 {% if "sample" in operands %}
     sample_tokens,  # T / B
 {% endif %}
@@ -283,6 +286,10 @@ def kernel(
         row = tl.load(rows_ptr + position * {{ n }} + col)
 {% endif %}
         total += {{ "weight * " if weighted }}row.to(tl.float32)
+{% if keep %}
+    kept = kept_ptr + token * {{ n }} + col
+    tl.store(kept, total.to(kept_ptr.dtype.element_ty){{ ", mask=col < %d" % n if mask_n }})
+{% endif %}
 {% if operands %}
 
     # What follows in the model, in float32.
@@ -302,14 +309,12 @@ def kernel(
 {% endif %}
 
 
-def launch(rows, order, position, {{ weights }}{{ more }}out):
-    """Write ``out`` [T, D]; ``position`` int64 [T * k] is scratch."""
-    invert[(triton.cdiv(order.shape[0], 1024),)](order, position, order.shape[0], BLOCK=1024)
+{{ signature }}
+    """Write ``out``{{ kept_too }} [T, D]; ``position`` int64 [T * k] is scratch, or given where ``order`` is None."""
+    if order is not None:
+        invert[(triton.cdiv(order.shape[0], 1024),)](order, position, order.shape[0], BLOCK=1024)
 {% if "sample" in operands %}
     sample_tokens = out.shape[0] // z{{ operands.index("sample") + 1 }}.shape[0]
-    grid = (out.shape[0], {{ column_tiles }})
-    kernel[grid](rows, position, {{ weights }}{{ more }}out, sample_tokens, num_warps={{ num_warps }})
-{% else %}
-    kernel[(out.shape[0], {{ column_tiles }})](rows, position, {{ weights }}{{ more }}out, num_warps={{ num_warps }})
 {% endif %}
+{{ start }}
 '''

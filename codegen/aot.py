@@ -129,7 +129,7 @@ def arguments(spec: KernelSpec) -> list[Any]:
         shapes += [["fp32", [tokens, slots]]] if spec.weighted else []
         leading = {"row": [tokens], "sample": [2], "column": []}
         shapes += [[item, [*leading[kind], spec.features]] for kind in spec.operands]
-        return [*shapes, [item, [tokens, spec.features]]]
+        return [*shapes, *[[item, [tokens, spec.features]]] * (1 + spec.keep)]
     rows = _ROWS * (spec.top_k if spec.gather else 1)
     weights, biases = operand_names(spec)
     found: list[Any] = [[item, [_ROWS, spec.in_features]]]

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from moefx.codegen import runtime
-from moefx.codegen.backward import Launcher
 from moefx.codegen.kernels import HeadAttentionSpec
+from moefx.codegen.launcher import Launcher
 from moefx.codegen.reasons import CannotLower
 from moefx.codegen.spec import require_dtype
 from moefx.codegen.targets import Target, target_of
@@ -28,6 +28,17 @@ class HeadLowering:
     name: str
     specs: tuple[HeadAttentionSpec, ...]
     output: fx.Node
+    what: ClassVar[str] = "attention of routed heads"
+
+    @property
+    def kernels(self) -> tuple[HeadAttentionSpec, ...]:
+        """The kernels, those of the gradient too."""
+        return self.specs
+
+    @property
+    def training_kernels(self) -> tuple[HeadAttentionSpec, ...]:
+        """The same: the forward pass always keeps what its gradient reads."""
+        return self.specs
 
 
 def specs(width: int, heads: int, dtype: str, precision: str) -> tuple[HeadAttentionSpec, ...]:

@@ -11,14 +11,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moefx.codegen import runtime, store
-from moefx.codegen.kernels import GateGradSpec, InputGradSpec, PointGradSpec, WeightGradSpec
+from moefx.codegen import runtime
+from moefx.codegen.kernels import (
+    GateGradSpec,
+    InputGradSpec,
+    PointGradSpec,
+    TokenGradSpec,
+    TokenProgram,
+    WeightGradSpec,
+)
+from moefx.codegen.launcher import Launcher
+from moefx.codegen.row_gradients import row_gradients
 from moefx.codegen.runtime import (
     Combine,
     LoadedRegion,
@@ -26,19 +35,30 @@ from moefx.codegen.runtime import (
     fake_result,
     region_of,
     routed_rows,
+    row_tiles,
     rows_of,
-    tile_map,
 )
-from moefx.codegen.schedule import Schedule, load_class
+from moefx.codegen.schedule import load_class
 from moefx.codegen.spec import CombineSpec, Kernel, LinearSpec, RegionSpec
 from moefx.codegen.targets import Target, target_of
 from moefx.errors import MoefxError
 
 
 def training_region(region: RegionSpec) -> RegionSpec:
-    """Return the region whose projections keep what goes into their expressions."""
+    """Return the region whose projections and combine keep what goes into the expressions behind them."""
     linears = tuple(dataclasses.replace(one, keep=not one.epilogue.is_identity) for one in region.linears)
-    return dataclasses.replace(region, linears=linears)
+    tail, combine = tail_grad(region), region.combine
+    if combine is not None and tail is not None:
+        combine = dataclasses.replace(combine, keep=tail.reads_rows)
+    return dataclasses.replace(region, linears=linears, combine=combine)
+
+
+def tail_grad(region: RegionSpec) -> TokenGradSpec | None:
+    """Return the kernel of the gradient of what follows the combine, if anything does."""
+    combine = region.combine
+    if combine is None or not combine.operands:
+        return None
+    return TokenGradSpec(TokenProgram(combine.features, combine.dtype, combine.tail, combine.operands))
 
 
 def last_grad(region: RegionSpec) -> PointGradSpec | None:
@@ -82,8 +102,7 @@ def _is_combined(region: RegionSpec, i: int) -> bool:
 
 def kernels(region: RegionSpec) -> list[Kernel | CombineSpec]:
     """Return the kernels of a region's backward pass, in the order in which they run."""
-    start = last_grad(region)
-    found: list[Kernel | CombineSpec] = [start] if start else []
+    found: list[Kernel | CombineSpec] = [one for one in (tail_grad(region), last_grad(region)) if one]
     for i in reversed(range(len(region.linears))):
         found += [input_grad(region, i), weight_grad(region, i)]
     found += [GateGradSpec()] if region.combine else []
@@ -103,14 +122,6 @@ def sources(region: RegionSpec, target: Target, rows: int, experts: int) -> dict
     }
 
 
-class Launcher:
-    """One emitted kernel; calling it launches it."""
-
-    def __init__(self, spec: Kernel, schedule: Schedule) -> None:
-        self.spec, self.schedule = spec, schedule
-        self.launch: Callable[..., None] = store.load(spec.emit(schedule), spec.name).launch
-
-
 class LoadedBackward:
     """The backward kernels of a region for one target and load class."""
 
@@ -120,7 +131,7 @@ class LoadedBackward:
         def loaded(spec: Kernel) -> Launcher:
             return Launcher(spec, spec.schedule(target, load, block_m))
 
-        start = last_grad(region)
+        self.tail, start = tail_grad(region), last_grad(region)
         self.start = loaded(start) if start else None
         numbers = range(len(region.linears))
         self.input_grads = [loaded(input_grad(region, i)) for i in numbers]
@@ -153,7 +164,7 @@ class _Pass:
         self.given = Operands.of(region, [rows_of(t) for t in tensors])
         self.at = Operands.of(region, range(len(tensors)))
         self.rows = routed_rows(region, tensors)
-        self.tiles = tile_map(self.given.offsets, self.rows, loaded.block_m)
+        self.tiles = row_tiles(self.given, self.rows, loaded.block_m)
         self.grad = rows_of(grad)
         self.saved = list(saved)
         self.gates = None if self.given.gates is None else self.given.gates.to(torch.float32).contiguous()
@@ -163,6 +174,8 @@ class _Pass:
     def run(self) -> list[Tensor]:
         """Return the gradients of the wanted inputs, in their order."""
         last = len(self.region.linears) - 1
+        if self.k.tail is not None:
+            self.through_tail(self.k.tail)
         if self.k.start is not None:
             self.through_last(self.k.start)
         for i in range(last, 0, -1):
@@ -172,7 +185,7 @@ class _Pass:
         self.weights(0, self.given.x)
         if self.wants[self.at.x]:
             rows, _ = self.through(0)
-            self.found[self.at.x] = rows if self.k.slot_sum is None else self.k.slot_sum(rows, self._order(), None)
+            self.found[self.at.x] = rows if self.k.slot_sum is None else self.slot_sum(self.k.slot_sum, rows)
         if self.at.gates is not None and self.wants[self.at.gates]:
             self.found[self.at.gates] = self.gate_grad()
         return [self.found[i] for i, wanted in enumerate(self.wants) if wanted]
@@ -180,6 +193,16 @@ class _Pass:
     def _order(self) -> Tensor:
         assert self.given.order is not None
         return self.given.order
+
+    def slot_sum(self, kernel: Combine, rows: Tensor) -> Tensor:
+        """Return the sum of the gradients of each token's rows."""
+        return kernel(rows, self._order(), None, (), self.given.position)
+
+    def through_tail(self, spec: TokenGradSpec) -> None:
+        """Take the gradient through what follows the combine, and store that of its operands."""
+        kept = self.saved.pop() if spec.reads_rows else self.grad
+        self.grad, found = row_gradients(spec, self.grad, kept, None, self.given.tail)
+        self.found |= dict(zip(self.at.tail, found, strict=True))
 
     def through_last(self, kernel: Launcher) -> None:
         """Take the gradient through the expression behind the last projection."""
@@ -284,7 +307,10 @@ def _(tensors: Sequence[Tensor], key: str) -> list[Tensor]:
         for s, saves in zip(region.linears, region.saves, strict=True)
         if saves
     ]
-    return [fake_result(region, tensors), *kept]
+    result = fake_result(region, tensors)
+    combine = training_region(region).combine
+    kept += [result.new_empty(result.shape)] if combine and combine.keep else []
+    return [result, *kept]
 
 
 @torch.library.custom_op("moefx::region_backward", mutates_args=())

@@ -19,10 +19,12 @@ from moefx.codegen.aot import Compiled, Job
 from moefx.codegen.disassembly import MATRIX_PREFIXES
 from moefx.codegen.reasons import CannotLower
 from moefx.codegen.schedule import Schedule, load_class, row_tile, short_list
-from moefx.codegen.spec import CombineSpec, KernelSpec, LinearSpec, RegionSpec
+from moefx.codegen.spec import CombineSpec, Kernel, KernelSpec, LinearSpec, RegionSpec
 from moefx.codegen.targets import Target
 
 _SUFFIXES = (".cubin", ".hsaco")
+#: Row tile of kernels outside of regions, where one is read.
+_OTHER_ROWS = 128
 #: A region, its rows and its experts.
 Use = tuple[RegionSpec, int, int]
 
@@ -59,14 +61,18 @@ class Built:
 
 
 def build(
-    regions: Iterable[Use], targets: Sequence[Target], training: bool = False, done: Callable[[], Any] = lambda: None
+    regions: Iterable[Use],
+    targets: Sequence[Target],
+    training: bool = False,
+    done: Callable[[], Any] = lambda: None,
+    others: Sequence[Kernel] = (),
 ) -> list[Built]:
-    """Compile the kernels of regions for every target, each once; ``done`` is called after each.
+    """Compile the kernels of regions, and others, for every target, each once; ``done`` is called after each.
 
     With ``training`` the forward kernels keep what the backward pass reads, and those of the backward pass come with
     them.
     """
-    work = {task.key: task for device in targets for use in regions for task in _tasks(*use, device, training)}
+    work = _work(regions, targets, training, others)
 
     def run(task: _Task) -> Built:
         try:
@@ -78,9 +84,20 @@ def build(
         return list(pool.map(run, work.values()))
 
 
-def count(regions: Iterable[Use], targets: Sequence[Target], training: bool = False) -> int:
+def count(
+    regions: Iterable[Use], targets: Sequence[Target], training: bool = False, others: Sequence[Kernel] = ()
+) -> int:
     """Return how many kernels :func:`build` will compile."""
-    return len({task.key for device in targets for use in regions for task in _tasks(*use, device, training)})
+    return len(_work(regions, targets, training, others))
+
+
+def _work(
+    regions: Iterable[Use], targets: Sequence[Target], training: bool, others: Sequence[Kernel]
+) -> dict[tuple[Any, ...], _Task]:
+    uses = list(regions)
+    tasks = [task for device in targets for use in uses for task in _tasks(*use, device, training)]
+    tasks += [_Task(spec, device, 1024, 1, _OTHER_ROWS) for device in targets for spec in others]
+    return {task.key: task for task in tasks}
 
 
 @dataclass(frozen=True)

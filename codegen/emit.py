@@ -135,6 +135,9 @@ def emit_combine(spec: CombineSpec) -> str:
     columns, warps = combine_columns(spec)
     tail = spec.tail
     factor = "weights[t, s] * " if spec.weighted else ""
+    z = [f"z{i + 1}" for i in range(len(spec.operands))]
+    more = [*(["weights"] if spec.weighted else []), *z, "out", *(["kept"] if spec.keep else [])]
+    last = [*(["sample_tokens"] if "sample" in spec.operands else []), f"num_warps={warps}"]
     return render(
         _templates.COMBINE,
         title=f"{spec.name}: {'weighted ' if spec.weighted else ''}sum of the {spec.top_k} rows of each token.",
@@ -142,21 +145,23 @@ def emit_combine(spec: CombineSpec) -> str:
         facts=f"D = {spec.features}; {columns} columns per program, {warps} warps.",
         helpers=[_templates.HELPERS[name] for name in tail.helpers],
         operands=spec.operands,
-        more="".join(f"z{i + 1}, " for i in range(len(spec.operands))),
         loads=operand_loads(
             spec.operands, spec.features, "token", "token // sample_tokens", spec.features % columns != 0
         ),
         statements=tail.triton(),
         result=printed(tail),
         dtype=spec.dtype,
+        keep=spec.keep,
+        kept_too=" and ``kept``" if spec.keep else "",
+        signature=call("def launch", ["rows", "order", "position", *more], ":"),
+        start=call(
+            f"kernel[(out.shape[0], {-(-spec.features // columns)})]", ["rows", "position", *more, *last], "", "    "
+        ),
         weighted=spec.weighted,
-        weights="weights, " if spec.weighted else "",
         top_k=spec.top_k,
         n=spec.features,
         block_n=columns,
         mask_n=spec.features % columns != 0,
-        column_tiles=-(-spec.features // columns),
-        num_warps=warps,
     )
 
 

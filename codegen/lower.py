@@ -12,7 +12,7 @@ import inspect
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import fx
@@ -21,12 +21,25 @@ from moefx import ops
 from moefx.codegen.epilogue import trace_pointwise
 from moefx.codegen.pointwise import Pointwise
 from moefx.codegen.reasons import CannotLower
+from moefx.codegen.router_lowering import (
+    GroupLowering,
+    RouterLowering,
+    calls,
+    feeds_routing,
+    is_choice,
+    lower_group,
+    lower_router,
+)
 from moefx.codegen.spec import CombineSpec, LinearSpec, RegionSpec
 from moefx.codegen.tail import Tail, tail_of
 from moefx.codegen.token_lowering import TokenLowering, is_tokens, lower_tokens
 
 if TYPE_CHECKING:
     from moefx.codegen.attention import HeadLowering
+
+
+#: What a graph is found to hold.
+Found: TypeAlias = "Lowering | HeadLowering | TokenLowering | RouterLowering | GroupLowering | Refusal"
 
 
 def _argument_names(name: str) -> list[str]:
@@ -64,6 +77,8 @@ class Refusal:
     name: str
     node: fx.Node
     reason: str
+    #: What it would have been.
+    kind: str = "region"
 
 
 def dialect_op(node: Any) -> str | None:
@@ -90,14 +105,13 @@ def operands(node: fx.Node) -> dict[str, Any]:
     return dict.fromkeys(_ARGUMENTS[name]) | dict(zip(_ARGUMENTS[name], node.args, strict=False)) | named
 
 
-def lowerings(graph: Any, tails: bool = False) -> list[Lowering | HeadLowering | TokenLowering | Refusal]:
+def lowerings(graph: Any) -> list[Found]:
     """Return every routed region, attention of routed heads, gather and scatter of tokens, in execution order.
 
-    ``graph`` is a :class:`torch.fx.GraphModule` (dynamo, export) or a traced graph with ``fx`` and ``root``. With
-    ``tails`` what follows a combine is computed with it; such a region has no gradient.
+    ``graph`` is a :class:`torch.fx.GraphModule` (dynamo, export) or a traced graph with ``fx`` and ``root``.
     """
     is_module = isinstance(graph, fx.GraphModule)
-    finder = _Finder(graph.graph if is_module else graph.fx, graph if is_module else graph.root, tails)
+    finder = _Finder(graph.graph if is_module else graph.fx, graph if is_module else graph.root)
     return finder.find()
 
 
@@ -165,26 +179,38 @@ class _Chain:
 
 
 class _Finder:
-    def __init__(self, graph: fx.Graph, root: torch.nn.Module, tails: bool) -> None:
-        self.graph, self.root, self.tails = graph, root, tails
+    def __init__(self, graph: fx.Graph, root: torch.nn.Module) -> None:
+        self.graph, self.root = graph, root
         self.position = {node: i for i, node in enumerate(graph.nodes)}
         self.taken: set[fx.Node] = set()
 
-    def find(self) -> list[Lowering | HeadLowering | TokenLowering | Refusal]:
-        found: list[Lowering | HeadLowering | TokenLowering | Refusal] = []
+    def find(self) -> list[Found]:
+        found: list[Found] = []
         for node in self.graph.nodes:
             try:
                 if _calls_head_attention(node):
                     found.append(self.heads(node))
                 elif is_tokens(node, self.value):
                     found.append(lower_tokens(_site(node), node, self.value, self.root))
+                elif calls(node, "group"):
+                    found.append(lower_group(node, _site(node)))
                 elif dialect_op(node) == "grouped_linear" and node not in self.taken:
                     lowering = self.region(node)
                     self.taken.update(lowering.nodes)
                     found.append(lowering)
             except CannotLower as error:
-                found.append(Refusal(_site(node), node, error.found or error.asked))
-        return found
+                kind = "grouping" if calls(node, "group") else "region"
+                found.append(Refusal(_site(node), node, error.found or error.asked, kind))
+        routers = [item for node in self.graph.nodes if is_choice(node) for item in self.router(node)]
+        return sorted([*found, *routers], key=lambda item: self.position[_anchor(item)])
+
+    def router(self, node: fx.Node) -> list[RouterLowering | Refusal]:
+        """Return the router that ends in a choice, why there is none, or nothing if it is no router."""
+        try:
+            return [lower_router(node, self.value, _site(node), self.root)]
+        except CannotLower as error:
+            why = error.found or error.asked
+            return [Refusal(_site(node), node, why, "router")] if feeds_routing(node) else []
 
     def heads(self, node: fx.Node) -> HeadLowering:
         """Return the kernels of one attention of routed heads."""
@@ -202,7 +228,7 @@ class _Finder:
             chain.open = True
         while chain.open:
             self.grow(chain, chain.last)
-        tail = tail_of(chain.last[0], self.value) if self.tails and chain.combine else None
+        tail = tail_of(chain.last[0], self.value) if chain.combine else None
         if tail is not None:
             chain.take_tail(tail)
         return chain.lowering(self.position)
@@ -338,6 +364,13 @@ def _attribute(root: torch.nn.Module, path: str) -> Any:
     return value
 
 
+def _anchor(item: Any) -> fx.Node:
+    node: fx.Node = (
+        item.node if isinstance(item, Refusal) else item.nodes[0] if isinstance(item, Lowering) else item.output
+    )
+    return node
+
+
 def _site(node: fx.Node) -> str:
     path = getattr(node.meta.get("moefx"), "path", None)
     if path:
@@ -349,30 +382,34 @@ def _site(node: fx.Node) -> str:
     return node.name
 
 
-def replace(graph: fx.GraphModule, found: Iterable[Lowering | HeadLowering | TokenLowering | Refusal], training: bool = False) -> int:
-    """Replace regions by calls of their kernels, in place, and return how many were; refusals are left alone.
+def replace(graph: fx.GraphModule, found: Iterable[Found], training: bool = False) -> int:
+    """Replace what was found by calls of its kernels, in place, and return how many regions were; refusals stay.
 
     With ``training`` a region also saves what its gradient reads.
     """
     # The operators are defined only where kernels are wanted.
     import moefx.codegen.attention
     import moefx.codegen.backward
+    import moefx.codegen.routing
     import moefx.codegen.tokens  # noqa: F401
     from moefx.codegen.runtime import register
 
     target = torch.ops.moefx.region_train.default if training else torch.ops.moefx.region.default
 
-    count = 0
-    for lowering in found:
-        if isinstance(lowering, Refusal):
-            continue
-        count += 1
+    kept = [item for item in found if not isinstance(item, Refusal)]
+    placements: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+    for group in kept:
+        placements |= group.replace(graph) if isinstance(group, GroupLowering) else {}
+    routers = [item for item in kept if isinstance(item, RouterLowering)]
+    regions = [item for item in kept if not isinstance(item, GroupLowering | RouterLowering)]
+    for lowering in regions:
         if isinstance(lowering, TokenLowering):
             lowering.replace(graph)
             continue
         if not isinstance(lowering, Lowering):
             lowering.output.target = torch.ops.moefx.head_attention_kernels.default
             continue
+        lowering = _placed(lowering, placements)
         with graph.graph.inserting_before(lowering.output):
             arguments = (list(lowering.inputs), register(lowering.region))
             call = graph.graph.call_function(target, arguments)
@@ -384,20 +421,36 @@ def replace(graph: fx.GraphModule, found: Iterable[Lowering | HeadLowering | Tok
         lowering.output.replace_all_uses_with(call)
         for node in reversed(lowering.nodes):
             graph.graph.erase_node(node)
+    for router in routers:  # last: their results are what regions read
+        router.replace(graph, training)
     graph.graph.lint()
     graph.recompile()
-    return count
+    return len(regions)
 
 
-def describe(found: Iterable[Lowering | HeadLowering | TokenLowering | Refusal]) -> str:
+def _placed(lowering: Lowering, placements: dict[fx.Node, tuple[fx.Node, fx.Node]]) -> Lowering:
+    """Return a region that reads the positions and row tiles which its grouping made, if kernels group."""
+    found = placements.get(lowering.inputs[1])
+    if found is None:
+        return lowering
+    at = 3 if lowering.region.reads_order else 2
+    inputs = (*lowering.inputs[:at], *found, *lowering.inputs[at:])
+    return dataclasses.replace(lowering, region=dataclasses.replace(lowering.region, placed=True), inputs=inputs)
+
+
+def describe(found: Iterable[Found]) -> str:
     """Return the regions as text: one line each, and one per kernel or reason below it."""
     lines: list[str] = []
     for item in found:
         if isinstance(item, Refusal):
-            lines += [f"{item.name}: not lowered", f"  because {item.reason}"]
+            lines += [f"{item.name}: {item.kind} not lowered", f"  because {item.reason}"]
             continue
         if isinstance(item, TokenLowering):
             lines += [f"{item.name}: tokens", f"  {item.spec.name}"]
+            continue
+        if isinstance(item, RouterLowering | GroupLowering):
+            kind = "router" if isinstance(item, RouterLowering) else "grouping"
+            lines += [f"{item.name}: {kind}", *(f"  {kernel.name}" for kernel in item.kernels)]
             continue
         if not isinstance(item, Lowering):
             lines += [f"{item.name}: attention of routed heads", *(f"  {spec.name}" for spec in item.specs)]

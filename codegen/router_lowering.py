@@ -14,14 +14,14 @@ import dataclasses
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from moefx import ops
 from moefx.codegen.kernels.grouping import MOST_EXPERTS, GroupingSpec
-from moefx.codegen.kernels.router import RouterSpec
+from moefx.codegen.kernels.router import RouterGradSpec, RouterSpec
 from moefx.codegen.pointwise import Arg
 from moefx.codegen.reasons import CannotLower
 from moefx.codegen.row_reader import RowReader, last_axis
@@ -48,6 +48,7 @@ class RouterLowering:
     product: fx.Node | None = None
     #: What the kernel computes, in order.
     nodes: tuple[fx.Node, ...] = ()
+    what: ClassVar[str] = "router"
 
     @property
     def output(self) -> fx.Node:
@@ -63,6 +64,12 @@ class RouterLowering:
     def kernels(self) -> tuple[Kernel, ...]:
         """The kernels of the forward pass."""
         return (self.spec,)
+
+    @property
+    def training_kernels(self) -> tuple[Kernel, ...]:
+        """The forward kernel that keeps its product, and that of the gradient of all results."""
+        seeds = tuple(range(len(self.spec.program.outputs)))
+        return (dataclasses.replace(self.spec, keep=True), RouterGradSpec(self.spec.program, seeds))
 
     def replace(self, graph: fx.GraphModule, training: bool) -> None:
         """Put a call of the kernel in the place of the nodes."""
@@ -104,11 +111,17 @@ class GroupLowering:
     name: str
     output: fx.Node
     experts: int
+    what: ClassVar[str] = "grouping"
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
         """The module of both kernels."""
         return (GroupingSpec(),)
+
+    @property
+    def training_kernels(self) -> tuple[Kernel, ...]:
+        """The same."""
+        return self.kernels
 
     def replace(self, graph: fx.GraphModule) -> dict[fx.Node, tuple[fx.Node, fx.Node]]:
         """Call the kernels instead; return position and tiles by the nodes of the offsets."""
@@ -164,36 +177,43 @@ def is_choice(node: fx.Node) -> bool:
     return name == "sort" or (name == "argmax" and keep)
 
 
-def lower_router(choice: fx.Node, value: Value, name: str) -> RouterLowering:
-    """Return the router that ends in a choice, or raise :class:`CannotLower`."""
+def lower_router(choice: fx.Node, value: Value, name: str, modules: nn.Module) -> RouterLowering:
+    """Return the router that ends in a choice, or raise :class:`CannotLower`; ``modules`` holds leaf modules."""
     if not isinstance(choice.args[0], fx.Node) or not last_axis(choice, 2 if called(choice) == "topk" else 1, value):
         raise CannotLower("lower a router", found=f"{choice.name} does not choose along the last axis")
-    return _Router(choice, choice.args[0], value, name).lowering()
+    return _Router(choice, choice.args[0], value, name, modules).lowering()
 
 
 class _Router:
     """One router while it is read."""
 
-    def __init__(self, choice: fx.Node, scores: fx.Node, value: Value, name: str) -> None:
+    def __init__(self, choice: fx.Node, scores: fx.Node, value: Value, name: str, modules: nn.Module) -> None:
         self.choice, self.scores, self.value, self.name = choice, scores, value, name
+        self.modules = modules
         self.root = self.linear()
         #: Nodes between the choice and the chosen experts.
         self.between: list[fx.Node] = []
-        self.reader = RowReader(self.root, value)
+        self.reader = RowReader(self.root, value, self.leaf(self.root))
 
     def linear(self) -> fx.Node:
         """Return the nearest linear map above the scores whose result has their shape."""
         shape, seen, pending = self.value(self.scores).shape, set(), [self.scores]
         while pending:
             node = pending.pop(0)
-            if called(node) == "linear" and same(self.value(node).shape, shape):
+            linear = called(node) == "linear" or self.leaf(node) is not None
+            if linear and same(self.value(node).shape, shape):
                 return node
-            new = [n for n in node.all_input_nodes if n not in seen and called(node) != "linear"]
+            new = [n for n in node.all_input_nodes if n not in seen and not linear]
             seen.update(new)
             pending += new
             if len(seen) > 64:
                 break
         raise CannotLower("lower a router", found=f"no linear map gives the scores of {self.choice.name}")
+
+    def leaf(self, node: fx.Node) -> nn.Linear | None:
+        """Return the linear module that a node calls, in graphs whose leaves are modules."""
+        found = self.modules.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return found if isinstance(found, nn.Linear) else None
 
     def lowering(self) -> RouterLowering:
         index, k, values = self.chosen()
@@ -215,7 +235,8 @@ class _Router:
             which = {"values": 0, "indices": 1}.get(str(user.args[1]), user.args[1]) if len(user.args) > 1 else None
             if called(user) not in ("getitem", "getattr") or which not in (0, 1):
                 raise CannotLower("lower a router", found=f"{user.name} reads {self.choice.name} in another way")
-            items[int(which)] = user  # type: ignore[call-overload]
+            if user.users:
+                items[0 if which == 0 else 1] = user
         if called(self.choice) == "topk":
             largest = self.choice.kwargs.get("largest", self.choice.args[3] if len(self.choice.args) > 3 else True)
             k = self.choice.kwargs.get("k", self.choice.args[1] if len(self.choice.args) > 1 else None)
@@ -224,7 +245,7 @@ class _Router:
             return items[1], k, items.get(0)
         if not self.choice.kwargs.get("descending", False):
             raise CannotLower("lower a router", found=f"{self.choice.name} sorts upwards")
-        cuts = {which: _cut(item) for which, item in items.items()}
+        cuts = {which: _cut(item, self.between) for which, item in items.items()}
         if 1 not in cuts or len({k for _, k in cuts.values()}) != 1:
             raise CannotLower("lower a router", found=f"{self.choice.name} is not cut to the first k")
         node, k = cuts[1]
@@ -246,14 +267,14 @@ class _Router:
         pairs = tuple(zip(kinds, values, strict=True))
         program = RowProgram(experts, steps, choice, tuple(reader.operands.values()), pairs)
         product = [n for n in leaving if reader.env[n] == "z0"]
-        x, weight = self.tokens(), self.root.args[1]
-        assert isinstance(weight, fx.Node)
+        x, leaf = self.tokens(), self.leaf(self.root)
+        weight = self.root.args[1] if leaf is None else None
         made = self.value(self.root).dtype
         spec = RouterSpec(
             program,
             int(self.value(x).shape[-1]),
             _dtype(self.value(x)),
-            _dtype(self.value(weight)),
+            _dtype(self.value(weight) if leaf is None else leaf.weight),
             None if made == torch.float32 else _dtype(self.value(self.root)),
             keep=bool(product),
         )
@@ -267,13 +288,16 @@ class _Router:
             tuple(sorted(inside - {index}, key=list(self.root.graph.nodes).index)),
         )
 
-    def reads(self, x: fx.Node, weight: fx.Node, inside: set[fx.Node]) -> tuple[tuple[fx.Node, int], ...]:
-        """Return who reads the inputs of the kernel."""
+    def reads(self, x: fx.Node, weight: Any, inside: set[fx.Node]) -> tuple[tuple[fx.Node, int], ...]:
+        """Return who reads the inputs of the kernel; nothing where a leaf module holds some of them."""
+        if not isinstance(weight, fx.Node):
+            return ()
         cast = self.root.args[0]
         assert isinstance(cast, fx.Node)
         holder = self.root if cast is x else cast
         found = [(holder, holder.all_input_nodes.index(x)), (self.root, self.root.all_input_nodes.index(weight))]
         for operand in self.reader.operands:
+            assert isinstance(operand, fx.Node)
             user = next(u for u in operand.users if u in inside)
             found.append((user, user.all_input_nodes.index(operand)))
         return tuple(found)
@@ -296,19 +320,36 @@ def _dtype(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _cut(node: fx.Node) -> tuple[fx.Node, int]:
-    """Return the slice of the first k of a sorted axis, which is all that is read of it."""
-    users = list(node.users)
-    if len(users) == 1 and called(users[0]) == "getitem":
-        index = users[0].args[1]
-        last = index[-1] if isinstance(index, tuple) else None
-        whole = isinstance(index, tuple) and all(i is Ellipsis or i == slice(None) for i in index[:-1])
-        if (
-            whole
-            and isinstance(last, slice)
-            and last.start in (None, 0)
-            and last.step in (None, 1)
-            and isinstance(last.stop, int)
-        ):
-            return users[0], last.stop
+def _cut(node: fx.Node, between: list[fx.Node]) -> tuple[fx.Node, int]:
+    """Return the slice of the first k of a sorted axis, which is all that is read of it; note what stands between."""
+    start = node
+    while len(node.users) == 1:
+        user = next(iter(node.users))
+        k = _first(user)
+        if k is not None:
+            return user, k
+        if called(user) not in ("slice", "alias"):
+            break
+        between.append(user)
+        node = user
+    made = node.meta.get("val")
+    if node is not start and isinstance(made, torch.Tensor) and isinstance(made.shape[-1], int):
+        return node, made.shape[-1]  # the first k of k
     raise CannotLower("lower a router", found=f"{node.name} is not cut to the first k")
+
+
+def _first(node: fx.Node) -> int | None:
+    """Return k, if a node is ``x[..., :k]``."""
+    if called(node) == "slice" and len(node.args) == 4:
+        _, dim, start, stop = node.args
+        made = node.meta.get("val")
+        last = isinstance(made, torch.Tensor) and dim in (-1, made.dim() - 1)
+        # A stop beyond the end cuts nothing.
+        cuts = last and start in (None, 0) and isinstance(stop, int) and same((stop,), made.shape[-1:])
+        return stop if cuts else None
+    if called(node) != "getitem" or not isinstance(node.args[1], tuple):
+        return None
+    *rest, last_cut = node.args[1]
+    whole = all(i is Ellipsis or i == slice(None) for i in rest)
+    plain = isinstance(last_cut, slice) and last_cut.start in (None, 0) and last_cut.step in (None, 1)
+    return last_cut.stop if whole and plain and isinstance(last_cut.stop, int) else None

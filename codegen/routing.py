@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from moefx.codegen import runtime, store
-from moefx.codegen.backward import Launcher
 from moefx.codegen.kernels.grouping import GroupingSpec
 from moefx.codegen.kernels.router import RouterGradSpec, RouterSpec
+from moefx.codegen.launcher import Launcher
 from moefx.codegen.reasons import CannotLower
 from moefx.codegen.schedule import MIN_ROW_TILE, Schedule, load_class
 from moefx.codegen.targets import Target, target_of

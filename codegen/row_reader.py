@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from moefx.codegen.epilogue import trace_pointwise
 from moefx.codegen.pointwise import Arg, Builder, Pointwise
@@ -30,10 +30,11 @@ _WIDTH = 8
 class RowReader:
     """Rows of the linear map ``root``, step by step."""
 
-    def __init__(self, root: fx.Node, value: Value) -> None:
+    def __init__(self, root: fx.Node, value: Value, module: nn.Module | None = None) -> None:
         self.root, self.value = root, value
         self.shape = value(root).shape
-        self.operands: dict[fx.Node, str] = {}
+        #: How operands are spread over the rows; a bias that a leaf module holds goes by its name.
+        self.operands: dict[fx.Node | str, str] = {}
         self.b = Builder(1 + _OPERANDS)
         self.env: dict[fx.Node, Arg] = {}
         self.kinds: dict[fx.Node, str] = {}
@@ -44,6 +45,9 @@ class RowReader:
         self.give(root, "z0", "wide")
         if isinstance(bias, fx.Node):
             self.give(root, self.b.step("add", "z0", self.operand(bias)), "wide")
+        elif module is not None and getattr(module, "bias", None) is not None:
+            self.operands[f"{root.target}.bias"] = "column"
+            self.give(root, self.b.step("add", "z0", "z1"), "wide")
 
     def give(self, node: fx.Node, value: Arg, kind: str) -> None:
         """Say what a node is."""
@@ -216,7 +220,10 @@ class RowReader:
         if self.index in tensors:
             raise self.refuse(node, "it computes with the numbers of experts")
         values = [self.read(t) for t in tensors]
-        program = _traced(node, tuple(tensors))
+        try:
+            program = _traced(node, tuple(tensors))
+        except CannotLower as error:
+            raise self.refuse(node, error.found) from error
         if program.inputs > max(1, len(tensors)):
             raise self.refuse(node, "it splits rows")
         names: dict[Arg, Arg] = {f"z{i}": v for i, v in enumerate(values)}
@@ -256,7 +263,7 @@ def _downstream(root: fx.Node) -> set[fx.Node]:
 
 def _traced(node: fx.Node, tensors: tuple[fx.Node, ...]) -> Pointwise:
     """Return one node as a program of its tensors."""
-    places = {t: _Place(i) for i, t in enumerate(tensors)}
+    places: dict[fx.Node, Any] = {t: _Place(i) for i, t in enumerate(tensors)}
     args = fx.node.map_arg(node.args, places.__getitem__)
     kwargs = fx.node.map_arg(node.kwargs, places.__getitem__)
     try:

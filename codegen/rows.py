@@ -133,7 +133,7 @@ def broadcast(values: Mapping[str, Any], value: Arg, like: Tensor) -> Tensor:
 def top_k(scores_TE: Tensor, choice: Choice) -> Tensor:
     """Return what a choice chooses, by stable sorting."""
     if choice.groups > 1:
-        scores_TGN = scores_TE.unflatten(-1, (choice.groups, -1))
+        scores_TGN = scores_TE.view(*scores_TE.shape[:-1], choice.groups, -1)
         best = scores_TGN.sort(dim=-1, descending=True).values[..., : choice.best].sum(-1)
         kept = best.sort(dim=-1, descending=True, stable=True).indices[..., : choice.keep]
         mask = torch.ones_like(best, dtype=torch.bool).scatter(-1, kept, False)

@@ -63,6 +63,9 @@ class Operands(Generic[T]):
     gates: T | None
     #: What the combine's tail reads.
     tail: tuple[T, ...] = ()
+    #: The sorted row of each pair, and the row tiles, where the grouping gave them.
+    position: T | None = None
+    tiles: T | None = None
 
     @classmethod
     def of(cls, region: RegionSpec, tensors: Sequence[T]) -> Operands[T]:
@@ -70,12 +73,13 @@ class Operands(Generic[T]):
         remaining = iter(tensors)
         x, offsets = next(remaining), next(remaining)
         order = next(remaining) if region.reads_order else None
+        position, tiles = (next(remaining), next(remaining)) if region.placed else (None, None)
         weights, biases = [], []
         for spec in region.linears:
             weights.append(list(itertools.islice(remaining, spec.weights)))
             biases.append(list(itertools.islice(remaining, spec.weights if spec.bias else 0)))
         gates = next(remaining) if region.combine is not None else None
-        return cls(x, offsets, order, tuple(weights), tuple(biases), gates, tuple(remaining))
+        return cls(x, offsets, order, tuple(weights), tuple(biases), gates, tuple(remaining), position, tiles)
 
 
 def row_block(target: Target, load: int) -> int:
@@ -92,7 +96,7 @@ def schedules(region: RegionSpec, target: Target, rows: int, experts: int) -> tu
 
 def sources(region: RegionSpec, target: Target, rows: int, experts: int) -> dict[str, str]:
     """Return the modules that would run a region on a target, by kernel name, in execution order."""
-    found = {"tile_map": emit_tile_map()}
+    found = {} if region.placed else {"tile_map": emit_tile_map()}
     for spec, schedule in zip(region.linears, schedules(region, target, rows, experts), strict=True):
         found[spec.name] = emit(spec, schedule)
     if region.combine is not None:
@@ -112,6 +116,19 @@ def tile_map(offsets: torch.Tensor, rows: int, block_m: int) -> torch.Tensor:
     if tiles.numel():
         _tile_map_module().launch(offsets, tiles, rows, block_m)
     return tiles
+
+
+def tiles_of(buffer: torch.Tensor, rows: int, experts: int, block_m: int) -> torch.Tensor:
+    """Return the part of a larger buffer that is the tile map of such rows."""
+    count = tile_bound(rows, experts, block_m)
+    return buffer[: 3 * count].view(3, count)
+
+
+def row_tiles(given: Operands[torch.Tensor], rows: int, block_m: int) -> torch.Tensor:
+    """Return the row tiles of a region: what its grouping made, else made here."""
+    if given.tiles is None:
+        return tile_map(given.offsets, rows, block_m)
+    return tiles_of(given.tiles, rows, given.offsets.shape[0] - 1, block_m)
 
 
 @functools.cache
@@ -163,13 +180,19 @@ class Combine:
         order: torch.Tensor,
         weights: torch.Tensor | None,
         tail: Sequence[torch.Tensor] = (),
+        position: torch.Tensor | None = None,
+        kept: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the sum [T, D] of routed rows [R, D] over slots, weighted and with a tail if the spec says so."""
+        """Return the sum [T, D] of routed rows [R, D] over slots, weighted and with a tail if the spec says so.
+
+        Without ``position`` the order is inverted first.
+        """
         out = rows.new_empty((order.shape[0] // self.spec.top_k, self.spec.features))
         gates = [] if weights is None else [weights.to(torch.float32).contiguous()]
         flat = [t.reshape(-1, self.spec.features).contiguous() for t in tail]
         if out.numel():
-            self._module.launch(rows, order, torch.empty_like(order), *gates, *flat, out)
+            inverted = (order, torch.empty_like(order)) if position is None else (None, position)
+            self._module.launch(rows, *inverted, *gates, *flat, out, *([] if kept is None else [kept]))
         return out
 
 
@@ -188,7 +211,7 @@ class LoadedRegion:
         given = Operands.of(self.region, tensors)
         x, order = given.x, given.order
         rows = order.shape[0] if order is not None else x.shape[0]
-        tiles = tile_map(given.offsets, rows, self.block_m)
+        tiles = row_tiles(given, rows, self.block_m)
         saved = []
         for i, (projection, saves) in enumerate(zip(self.projections, self.region.saves, strict=True)):
             spec = projection.spec
@@ -198,7 +221,10 @@ class LoadedRegion:
             x = projection(x, given.weights[i], given.biases[i], gathered, tiles, out, kept)
             saved += [x if kept is None else kept] if saves else []
         if self.combine is not None and order is not None:
-            x = self.combine(x, order, given.gates, given.tail)
+            spec = self.combine.spec
+            kept = x.new_empty((order.shape[0] // spec.top_k, spec.features)) if spec.keep else None
+            x = self.combine(x, order, given.gates, given.tail, given.position, kept)
+            saved += [] if kept is None else [kept]
         return x, saved
 
 

@@ -6,6 +6,7 @@ R, T and E are not part of a spec: one kernel serves every batch and every load.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -113,6 +114,8 @@ class CombineSpec:
     tail: Pointwise = field(default_factory=Pointwise)
     #: "row" [T, D], "sample" [B, D] or "column" [D], for each input of the tail but the first.
     operands: tuple[str, ...] = ()
+    #: Whether the sum itself is stored too, for the gradient of the tail: [T, D].
+    keep: bool = False
 
     def __post_init__(self) -> None:
         require_dtype(self.dtype)
@@ -124,7 +127,7 @@ class CombineSpec:
     def text(self) -> str:
         """The complete description; equal text means the same kernel."""
         verb = "combine" if self.weighted else "sum"
-        text = f"{verb} D={self.features} top_k={self.top_k} dtype={self.dtype}"
+        text = f"{verb} D={self.features} top_k={self.top_k} dtype={self.dtype}{' keep' if self.keep else ''}"
         return text if not self.operands else f"{text} {' '.join(self.operands)}\n{self.tail.text()}"
 
     @property
@@ -132,6 +135,7 @@ class CombineSpec:
         """A readable name, unique by the hash of :attr:`text`."""
         verb = "combine" if self.weighted else "sum"
         verb += "_add" if self.operands else ""
+        verb += "_keeping" if self.keep else ""
         return f"{verb}_{self.features}_top{self.top_k}_{self.dtype}_{digest(self.text)[:10]}"
 
 
@@ -159,6 +163,10 @@ class Kernel(ABC):
     @abstractmethod
     def arguments(self, rows: int, experts: int, tiles: int) -> list[Any]:
         """Return what ``launch`` takes for such sizes: ``[Triton type, shape]`` of a tensor, or a number."""
+
+    def with_dtype(self, dtype: str | None) -> Kernel:
+        """Return the same kernel for tokens of another dtype, where it has one; ``None`` keeps it."""
+        return self if dtype is None or not hasattr(self, "dtype") else dataclasses.replace(self, dtype=dtype)  # type: ignore[type-var]
 
 
 #: What :func:`moefx.codegen.emit.emit` prints.

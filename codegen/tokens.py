@@ -9,24 +9,21 @@ Shapes: T tokens of all samples, R of them taken, B samples, D columns.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moefx.codegen.backward import Launcher
-from moefx.codegen.kernels import TokenGatherSpec, TokenGradSpec, TokenProgram, TokenScatterSpec, TokenSumSpec
+from moefx.codegen.kernels import TokenGatherSpec, TokenGradSpec, TokenScatterSpec, TokenSumSpec
+from moefx.codegen.launcher import launcher
 from moefx.codegen.reasons import CannotLower
+from moefx.codegen.row_gradients import operands_of, row_gradients
 from moefx.codegen.runtime import rows_of
 from moefx.codegen.spec import Kernel, digest
-from moefx.codegen.targets import target_of
 from moefx.errors import MoefxError
 
 _SPECS: dict[str, TokenGatherSpec | TokenScatterSpec] = {}
-#: Rows of a chunk, whose sum one program forms; fewer where there would be too few programs to fill a device.
-_CHUNK_ROWS, _PROGRAMS = 32, 512
 
 
 def register(spec: TokenGatherSpec | TokenScatterSpec) -> str:
@@ -66,30 +63,6 @@ def _token_sum(spec: TokenGatherSpec) -> TokenSumSpec:
 def clear() -> None:
     """Forget the kernels of this process; files stay."""
     _SPECS.clear()
-    _launcher.cache_clear()
-
-
-@functools.lru_cache(maxsize=1024)
-def _launcher(spec: Kernel, device: torch.device) -> Launcher:
-    return Launcher(spec, spec.schedule(target_of(device), 0, 0))
-
-
-def _launch(spec: Kernel, device: torch.device) -> Callable[..., None]:
-    return _launcher(spec, device).launch
-
-
-def _operands(program: TokenProgram, given: Sequence[Tensor]) -> list[Tensor]:
-    """Return the operands as kernels read them: [R, D], [B, D] or [D], and one float32 number per token."""
-    return [
-        t.reshape(-1).to(torch.float32) if kind == "token" else t.reshape(-1, program.features).contiguous()
-        for kind, t in zip(program.operands, given, strict=True)
-    ]
-
-
-def _samples(program: TokenProgram, operands: Sequence[Tensor]) -> int:
-    """Return B, which is 1 where nothing belongs to samples."""
-    sizes = [t.shape[0] for kind, t in zip(program.operands, operands, strict=True) if kind == "sample"]
-    return sizes[0] if sizes else 1
 
 
 @torch.library.custom_op("moefx::token_gather", mutates_args=())
@@ -102,7 +75,7 @@ def token_gather_op(tensors: Sequence[Tensor], key: str) -> list[Tensor]:
     x, index = rows_of(tensors[0]), tensors[1].to(torch.int64).contiguous()
     found = _gathered(spec, x, index)
     if index.numel():
-        _launch(spec, x.device)(x, index, *_operands(spec.program, tensors[2:]), *found)
+        launcher(spec, x.device).launch(x, index, *operands_of(spec.program, tensors[2:]), *found)
     return found
 
 
@@ -125,41 +98,18 @@ def token_scatter_op(tensors: Sequence[Tensor], key: str) -> Tensor:
     """
     spec = _spec(key)
     x, index = rows_of(tensors[0]), tensors[1].to(torch.int64).contiguous()
-    rows, operands = tensors[2].reshape(-1, x.shape[1]).contiguous(), _operands(spec.program, tensors[3:])
+    rows, operands = tensors[2].reshape(-1, x.shape[1]).contiguous(), operands_of(spec.program, tensors[3:])
     out = x.new_empty(x.shape)
     if not index.numel():
         return out.copy_(x)
     position = torch.full((x.shape[0],), -1, dtype=torch.int64, device=x.device)
-    _launch(spec, x.device)(rows, x, index, position, *operands, out)
+    launcher(spec, x.device).launch(rows, x, index, position, *operands, out)
     return out
 
 
 @token_scatter_op.register_fake
 def _(tensors: Sequence[Tensor], key: str) -> Tensor:
     return tensors[0].new_empty(tensors[0].shape)
-
-
-def row_gradients(
-    spec: TokenGradSpec, grad: Tensor, x: Tensor, index: Tensor | None, given: Sequence[Tensor], added: Tensor | None
-) -> tuple[Tensor, list[Tensor]]:
-    """Return the gradients of the rows and of every operand: one launch, and sums over the chunks of samples."""
-    p, operands = spec.program, _operands(spec.program, given)
-    rows = (grad if index is None else index).shape[0]
-    drow = x.new_empty((rows, p.features))
-    if not rows:
-        return drow, [torch.zeros_like(t) for t in given]
-    samples = _samples(p, operands)
-    chunk = max(1, min(_CHUNK_ROWS, rows // _PROGRAMS))
-    chunks = -(-(rows // samples) // chunk)
-    found = {i: operands[i - 1].new_empty(operands[i - 1].shape) for i in spec.own}
-    partial = x.new_empty((samples, chunks, len(p.reduced), p.features), dtype=torch.float32)
-    inputs = [rows_of(grad), rows_of(x), *(t for t in (index, added) if t is not None)]
-    outputs = [drow, *found.values(), *([partial] if p.reduced else [])]
-    _launch(spec, x.device)(*inputs, *operands, *outputs, samples, chunks, chunk)
-    for j, i in enumerate(p.reduced):
-        summed = partial[:, :, j].sum(1)
-        found[i] = summed if p.operands[i - 1] == "sample" else summed.sum(0)
-    return drow, [found[i].reshape(t.shape).to(t.dtype) for i, t in enumerate(given, 1)]
 
 
 @torch.library.custom_op("moefx::token_gather_backward", mutates_args=())
@@ -182,7 +132,7 @@ def _back_to_tokens(spec: TokenGatherSpec, drow: Tensor, index: Tensor, x: Tenso
     out = x.new_empty(x.shape)
     order, offsets = torch.ops.moefx.group.default(index.view(-1, 1), x.shape[0])
     if out.numel():
-        _launch(_token_sum(spec), x.device)(drow, order, offsets, out)
+        launcher(_token_sum(spec), x.device).launch(drow, order, offsets, out)
     return out
 
 
@@ -204,7 +154,7 @@ def token_scatter_backward_op(grad: Tensor, tensors: Sequence[Tensor], key: str,
     if not any(wants[2:]):
         return dx
     flat = rows.reshape(-1, grad.shape[1])
-    drow, found = row_gradients(grad_spec(_spec(key)), grad, flat, index, given, None)
+    drow, found = row_gradients(grad_spec(_spec(key)), grad, flat, index, given)
     found = [drow.reshape(rows.shape), *found]
     return dx + [one for one, wanted in zip(found, wants[2:], strict=True) if wanted]
 

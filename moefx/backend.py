@@ -15,11 +15,10 @@ import torch
 from torch import fx
 from torch._logging._internal import trace_structured
 
-from moefx.codegen import attention, backward, runtime, tokens
-from moefx.codegen.attention import HeadLowering
-from moefx.codegen.lower import Lowering, Refusal, describe, lowerings, replace
+from moefx.codegen import attention, backward, launcher, routing, runtime, tokens
+from moefx.codegen.lower import Found, Refusal, describe, lowerings, replace
+from moefx.codegen.router_lowering import GroupLowering, RouterLowering
 from moefx.codegen.runtime import interpreting, triton_installed
-from moefx.codegen.token_lowering import TokenLowering
 from moefx.errors import OptionError, nearest
 
 logger = logging.getLogger(__name__)
@@ -80,6 +79,8 @@ def reset() -> None:
     """Forget the kernels loaded in this process; ``torch.compiler.reset()`` calls this. Files stay on disk."""
     attention.clear()
     backward.clear()
+    routing.clear()
+    launcher.clear()
     tokens.clear()
     runtime.clear()
 
@@ -90,7 +91,7 @@ compile.reset = reset  # type: ignore[attr-defined]
 def _lower(gm: fx.GraphModule, example_inputs: Sequence[Any], insist: bool) -> None:
     """Replace what has a kernel on its device; say what was done to the log and to ``TORCH_TRACE``."""
     training = _needs_gradients(example_inputs)
-    found = lowerings(gm, tails=not training)
+    found = lowerings(gm)
     if not found:
         return
     usable = [item for item in found if _usable(item, insist)]
@@ -98,7 +99,9 @@ def _lower(gm: fx.GraphModule, example_inputs: Sequence[Any], insist: bool) -> N
     text = describe(found)
     replaced = replace(gm, usable, training)
     with_gradients = ", forward and backward" if training else ""
-    logger.info("moefx replaced %d of %d routed regions by kernels%s", replaced, len(found), with_gradients)
+    others = [f"{_count(usable, part)} of {_count(found, part)} {part}s" for part in ("router", "grouping")]
+    numbers = (replaced, _count(found, "region"), with_gradients, ", ".join(others))
+    logger.info("moefx replaced %d of %d routed regions by kernels%s; %s", *numbers)
     if kept:
         logger.info("moefx keeps the dialect ops %s", kept)
     logger.info("routed regions found:\n%s", text)
@@ -107,7 +110,18 @@ def _lower(gm: fx.GraphModule, example_inputs: Sequence[Any], insist: bool) -> N
     )
 
 
-def _usable(item: Lowering | HeadLowering | TokenLowering | Refusal, insist: bool) -> bool:
+def _count(items: Sequence[Found], part: str) -> int:
+    return sum(_part(item) == part for item in items)
+
+
+def _part(item: Found) -> str:
+    """Return what a finding is: a router, a grouping, or a region of products, heads or tokens."""
+    if isinstance(item, Refusal):
+        return item.kind
+    return {RouterLowering: "router", GroupLowering: "grouping"}.get(type(item), "region")
+
+
+def _usable(item: Found, insist: bool) -> bool:
     """Whether a region's kernels can run where its tensors are."""
     if isinstance(item, Refusal):
         return False

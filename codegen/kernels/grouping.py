@@ -3,7 +3,7 @@
 A counting sort. The first kernel counts the experts of each block of pairs; in the second every block adds up what all
 blocks counted, so that it knows where the rows of each expert start and how many of them stand before its own, and
 places its pairs. Pairs of one expert stay in their order, nothing is added in an order that scheduling decides, and no
-number leaves the device.
+number leaves the device. Numbers of rows are below 2**31, as in the row tiles.
 
 Shapes in the emitted code: R = T * K pairs, E experts, G a power of two above E, B blocks.
 """
@@ -74,7 +74,7 @@ def _group(experts_ptr, row, end, experts):
 @triton.jit
 def count(experts_ptr, counts_ptr, experts, rows, per_block, STEP: tl.constexpr, GROUPS: tl.constexpr):
     """counts[b, g] = number of pairs of group g in block b."""
-    block = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(0)
     start = block * per_block
     end = tl.minimum(start + per_block, rows)
     group = tl.arange(0, GROUPS)
@@ -103,19 +103,19 @@ def kernel(
     STEP: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    block = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(0)
     group = tl.arange(0, GROUPS)
-    total = tl.zeros((GROUPS,), tl.int64)
-    before = tl.zeros((GROUPS,), tl.int64)
+    total = tl.zeros((GROUPS,), tl.int32)
+    before = tl.zeros((GROUPS,), tl.int32)
     for first in range(0, blocks, 16):
         other = first + tl.arange(0, 16)
         at = counts_ptr + other[:, None] * GROUPS + group[None, :]
-        counts = tl.load(at, mask=(other < blocks)[:, None], other=0).to(tl.int64)
+        counts = tl.load(at, mask=(other < blocks)[:, None], other=0)
         total += tl.sum(counts, 0)
         before += tl.sum(tl.where((other < block)[:, None], counts, 0), 0)
     offset = tl.cumsum(total, 0) - total
     if block == 0:
-        tl.store(offsets_ptr + group, offset, mask=group <= experts)
+        tl.store(offsets_ptr + group, offset.to(tl.int64), mask=group <= experts)
 
     start = block * per_block
     end = tl.minimum(start + per_block, rows)
@@ -124,30 +124,31 @@ def kernel(
     for first in range(0, per_block, STEP):
         row = start + first + step
         mine = _group(experts_ptr, row, end, experts)
-        again = _group(experts_ptr, row, end, experts)
-        earlier = (mine[:, None] == again[None, :]) & (step[None, :] < step[:, None])
+        earlier = (mine[:, None] == mine[None, :]) & (step[None, :] < step[:, None])
         is_of = mine[:, None] == group[None, :]
-        place = tl.sum(tl.where(is_of, free[None, :], 0), 1) + tl.sum(earlier.to(tl.int64), 1)
-        free += tl.sum(is_of.to(tl.int64), 0)
-        tl.store(order_ptr + place, row, mask=row < end)
-        tl.store(position_ptr + row, place, mask=row < end)
+        place = tl.sum(tl.where(is_of, free[None, :], 0), 1) + tl.sum(earlier.to(tl.int32), 1)
+        free += tl.sum(is_of.to(tl.int32), 0)
+        tl.store(order_ptr + place, row.to(tl.int64), mask=row < end)
+        tl.store(position_ptr + row, place.to(tl.int64), mask=row < end)
 
     # The row tiles, a share of them by each block.
     tiles_in_group = tl.where(group <= experts, (total + BLOCK_M - 1) // BLOCK_M, 0)
     last_tile = tl.cumsum(tiles_in_group, 0)
     first_tile = last_tile - tiles_in_group
+    first_row = offset - first_tile * BLOCK_M  # of tile 0, were it of this group
+    last_row = offset + total
     for first in range(0, tiles_per_block, STEP):
         number = first + step
         tile = block * tiles_per_block + number
         inside = (number < tiles_per_block) & (tile < tiles)
         has = (tile[:, None] >= first_tile[None, :]) & (tile[:, None] < last_tile[None, :])
-        expert = tl.sum(tl.where(has, group[None, :], 0), 1)
-        row = tl.sum(tl.where(has, offset[None, :] + (tile[:, None] - first_tile[None, :]) * BLOCK_M, 0), 1)
-        row_end = tl.minimum(tl.sum(tl.where(has, (offset + total)[None, :], 0), 1), row + BLOCK_M)
         exists = tl.sum(has.to(tl.int32), 1) > 0
-        tl.store(map_ptr + tile, tl.where(exists, expert, -1).to(tl.int32), mask=inside)
-        tl.store(map_ptr + tiles + tile, tl.where(exists, row, -1).to(tl.int32), mask=inside)
-        tl.store(map_ptr + 2 * tiles + tile, tl.where(exists, row_end, -1).to(tl.int32), mask=inside)
+        expert = tl.sum(tl.where(has, group[None, :], 0), 1)
+        row = tl.sum(tl.where(has, first_row[None, :], 0), 1) + tile * BLOCK_M
+        row_end = tl.minimum(tl.sum(tl.where(has, last_row[None, :], 0), 1), row + BLOCK_M)
+        tl.store(map_ptr + tile, tl.where(exists, expert, -1), mask=inside)
+        tl.store(map_ptr + tiles + tile, tl.where(exists, row, -1), mask=inside)
+        tl.store(map_ptr + 2 * tiles + tile, tl.where(exists, row_end, -1), mask=inside)
 
 
 def blocks_of(rows):
@@ -164,7 +165,7 @@ def launch(experts, counts, order, offsets, position, tile_map, block_m):
     rows, number, tiles = order.shape[0], offsets.shape[0] - 1, tile_map.shape[1]
     blocks, per_block = blocks_of(rows)
     groups = counts.shape[1]
-    step = max(16, min(128, {{ tile }} // groups))
+    step = max(16, min(64, {{ tile }} // groups))
     count[(blocks,)](experts, counts, number, rows, per_block, STEP=step, GROUPS=groups, num_warps=4)
     kernel[(blocks,)](
         experts,

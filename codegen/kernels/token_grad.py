@@ -49,6 +49,11 @@ class TokenGradSpec(Kernel):
         return Schedule(1, self.program.block, 16, 1 if target.is_interpreter else self.program.warps(), 1, 1)
 
     @property
+    def reads_rows(self) -> bool:
+        """Whether the gradients depend on the rows themselves; else they are not read."""
+        return bool(self.program.norm) or "z0" in differentiate(self.program.program, with_value=False).reads
+
+    @property
     def own(self) -> list[int]:
         """Numbers of the operands whose gradient has a row of its own."""
         return [i for i, kind in enumerate(self.program.operands, 1) if kind in ("row", "token")]
@@ -80,7 +85,7 @@ class TokenGradSpec(Kernel):
             x_row="token" if self.place == "gather" else "row",
             adds=self.adds,
             norm=p.norm,
-            reads_row=bool(p.norm) or "z0" in derivative.reads,
+            reads_row=self.reads_rows,
             eps=repr(p.eps),
             pad="        ",
             n=p.features,

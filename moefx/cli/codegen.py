@@ -15,7 +15,8 @@ from moefx.errors import InputError
 
 if TYPE_CHECKING:
     from moefx.codegen.bundle import Built
-    from moefx.inspect.lowered import RegionUse
+    from moefx.codegen.spec import Kernel
+    from moefx.inspect.lowered import KernelUse, RegionUse
 
 _KERNELS = "Kernels"
 Targets = Annotated[
@@ -74,9 +75,10 @@ def codegen(
     with working(o.verbosity(quiet, verbose)):
         from moefx.codegen import bundle
 
-        uses = _regions(model, recipe, option, only, skip, seed, config, meta, inputs)
+        uses, others = _kernels(model, recipe, option, only, skip, seed, config, meta, inputs)
         uses = [use.with_dtype(dtype).with_load(load) for use in uses]
-        built = _build(uses, target or ["sm_90"], training, quiet)
+        kernels = [one.with_dtype(dtype) for use in others for one in (use.training if training else use.kernels)]
+        built = _build(uses, kernels, target or ["sm_90"], training, quiet)
         try:
             files = bundle.write(built, out)
         except OSError as error:
@@ -91,22 +93,22 @@ def codegen(
         raise typer.Exit(4)
 
 
-def _regions(
+def _kernels(
     model: str, recipe: str | None, option: list[str] | None, only: list[str] | None, skip: list[str] | None,
     seed: int, config: Path | None, meta: bool, inputs: str | None,
-) -> list[RegionUse]:  # fmt: skip
-    """Return the routed regions of the model after the recipe."""
+) -> tuple[list[RegionUse], list[KernelUse]]:  # fmt: skip
+    """Return what of the model has kernels after the recipe: routed regions, and what stands beside them."""
     from moefx.cli.models import build
-    from moefx.inspect.lowered import some_regions_of
+    from moefx.inspect.lowered import kernels_of
     from moefx.inspect.stages import Request, graph_of, opened_graph
 
     chosen = o.pass_options(option, recipe)
     built, given = build(model, config=config, meta=meta, seed=seed, inputs=inputs)
     request = Request(recipe=recipe, options=chosen, only=only or None, skip=skip or None, seed=seed)
-    return some_regions_of(opened_graph(graph_of(built, given), request))
+    return kernels_of(opened_graph(graph_of(built, given), request))
 
 
-def _build(uses: list[RegionUse], names: list[str], training: bool, quiet: bool) -> list[Built]:
+def _build(uses: list[RegionUse], others: list[Kernel], names: list[str], training: bool, quiet: bool) -> list[Built]:
     """Compile for every target, with a progress bar where a person watches."""
     from tqdm import tqdm
 
@@ -115,9 +117,9 @@ def _build(uses: list[RegionUse], names: list[str], training: bool, quiet: bool)
 
     targets = [target_named(name) for name in dict.fromkeys(names)]
     regions = [(use.region, use.rows, use.experts) for use in uses]
-    total = bundle.count(regions, targets, training)
+    total = bundle.count(regions, targets, training, others)
     with tqdm(total=total, unit="kernel", file=sys.stderr, disable=True if quiet else None) as bar:
-        return bundle.build(regions, targets, training, bar.update)
+        return bundle.build(regions, targets, training, bar.update, others)
 
 
 def _table(built: list[Built]) -> str:

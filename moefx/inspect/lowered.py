@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from moefx.codegen import Lowering, Refusal, RegionSpec, Target, lowerings, runtime
-from moefx.codegen.attention import HeadLowering
+from moefx.codegen.emit import emit
 from moefx.codegen.schedule import load_class
+from moefx.codegen.spec import Kernel
 from moefx.codegen.targets import target
+from moefx.codegen.token_lowering import TokenLowering
 from moefx.errors import NothingMatched
 from moefx.graph import Graph
 from moefx.inspect import schema
@@ -46,6 +48,22 @@ class RegionUse:
         return self if load is None else dataclasses.replace(self, rows=load * self.experts)
 
 
+@dataclass(frozen=True)
+class KernelUse:
+    """What is no region of products, such as a router or an attention of routed heads, and the sites that it serves."""
+
+    what: str
+    kernels: tuple[Kernel, ...]
+    #: Those of the forward pass in training, and of the backward pass.
+    training: tuple[Kernel, ...]
+    sites: tuple[str, ...]
+    target_rows: int = 128
+
+    def sources(self, device: Target) -> dict[str, str]:
+        """Return the emitted modules by name."""
+        return {one.name: emit(one, one.schedule(device, 1024, self.target_rows)) for one in self.kernels}
+
+
 def regions_of(graph: Graph) -> tuple[list[RegionUse], list[Refusal]]:
     """Return the distinct regions of a graph in execution order, and what was refused."""
     uses: dict[tuple[str, int, int], RegionUse] = {}
@@ -53,36 +71,45 @@ def regions_of(graph: Graph) -> tuple[list[RegionUse], list[Refusal]]:
     for item in lowerings(graph):
         if isinstance(item, Refusal):
             refused.append(item)
-            continue
-        if not isinstance(item, Lowering):
-            continue
-        rows, experts = _load(item)
-        key = (item.region.key, rows, experts)
-        before = uses.get(key, RegionUse(item.region, (), rows, experts, item.notes))
-        uses[key] = dataclasses.replace(before, sites=(*before.sites, item.name))
+        elif isinstance(item, Lowering):
+            rows, experts = _load(item)
+            key = (item.region.key, rows, experts)
+            before = uses.get(key, RegionUse(item.region, (), rows, experts, item.notes))
+            uses[key] = dataclasses.replace(before, sites=(*before.sites, item.name))
     return list(uses.values()), refused
 
 
-def heads_of(graph: Graph) -> list[HeadLowering]:
-    """Return the attentions of routed heads of a graph in execution order."""
-    return [item for item in lowerings(graph) if isinstance(item, HeadLowering)]
+def others_of(graph: Graph) -> list[KernelUse]:
+    """Return the distinct routers, groupings, attentions of routed heads and moves of tokens in execution order."""
+    uses: dict[tuple[str, ...], KernelUse] = {}
+    for item in lowerings(graph):
+        if isinstance(item, Refusal | Lowering):
+            continue
+        if isinstance(item, TokenLowering):
+            fresh = KernelUse("gather or scatter of tokens", (item.spec,), (item.spec,), ())
+        else:
+            fresh = KernelUse(item.what, item.kernels, item.training_kernels, ())
+        key = (fresh.what, *(one.name for one in fresh.kernels))
+        before = uses.get(key, fresh)
+        uses[key] = dataclasses.replace(before, sites=(*before.sites, item.name))
+    return list(uses.values())
 
 
-def some_regions_of(graph: Graph) -> list[RegionUse]:
-    """Return the regions of a graph.
+def kernels_of(graph: Graph) -> tuple[list[RegionUse], list[KernelUse]]:
+    """Return what of a graph has kernels.
 
     Raises:
-        NothingMatched: there are none.
+        NothingMatched: nothing has.
     """
-    uses, refused = regions_of(graph)
-    if not uses:
+    (uses, refused), others = regions_of(graph), others_of(graph)
+    if not uses and not others:
         reasons = "; ".join(dict.fromkeys(item.reason for item in refused))
         raise NothingMatched(
             f"emit kernels for {type(graph.root).__name__}",
             found=reasons or "no routed region in its graph",
             do="name a --recipe that routes it",
         )
-    return uses
+    return uses, others
 
 
 def _load(item: Lowering) -> tuple[int, int]:
@@ -95,7 +122,8 @@ def _load(item: Lowering) -> tuple[int, int]:
 def lowered_text(graph: Graph, device: Target) -> str:
     """Return the regions as text: sites, kernels with their schedules, why a region ends, and what was refused."""
     uses, refused = regions_of(graph)
-    lines = [f"{type(graph.root).__name__}: {len(uses)} kinds of routed region, {len(refused)} not lowered"]
+    missed = sum(item.kind == "region" for item in refused)
+    lines = [f"{type(graph.root).__name__}: {len(uses)} kinds of routed region, {missed} not lowered"]
     for use in uses:
         lines += ["", f"region {use.region.key} at {_sites(use.sites)}"]
         lines.append(
@@ -106,10 +134,10 @@ def lowered_text(graph: Graph, device: Target) -> str:
         for kernel, how in zip(use.region.kernels, described, strict=False):
             lines.append(f"  {kernel.name}{f': {device.name}, {how}' if how else ''}")
         lines += [f"  ends there because {note}" for note in use.notes]
-    for head in heads_of(graph):
-        lines += ["", f"attention of routed heads at {head.name}", *(f"  {spec.name}" for spec in head.specs)]
+    for other in others_of(graph):
+        lines += ["", f"{other.what} at {_sites(other.sites)}", *(f"  {one.name}" for one in other.kernels)]
     for item in refused:
-        lines += ["", f"not lowered: {item.name}", f"  because {item.reason}"]
+        lines += ["", f"{item.kind} not lowered: {item.name}", f"  because {item.reason}"]
     return "\n".join(clean(line) for line in lines) + "\n"
 
 
@@ -133,17 +161,22 @@ def lowered_json(graph: Graph, device: Target) -> dict[str, Any]:
             }
             for use in uses
         ],
-        "heads": [{"site": item.name, "kernels": [spec.name for spec in item.specs]} for item in heads_of(graph)],
-        "refused": [{"site": item.name, "reason": item.reason} for item in refused],
+        "others": [
+            {"what": use.what, "sites": list(use.sites), "kernels": [one.name for one in use.kernels]}
+            for use in others_of(graph)
+        ],
+        "refused": [{"site": item.name, "what": item.kind, "reason": item.reason} for item in refused],
     }
 
 
 def sources_of(graph: Graph, device: Target) -> dict[str, str]:
     """Return the emitted modules of all regions by name, each once."""
-    heads = heads_of(graph)
-    found = {s.name: s.emit(s.schedule(device, 1024, 128)) for head in heads for s in head.specs}
-    for use in regions_of(graph)[0] if heads else some_regions_of(graph):
+    uses, others = kernels_of(graph)
+    found: dict[str, str] = {}
+    for use in uses:
         found |= runtime.sources(use.region, device, use.rows, use.experts)
+    for other in others:
+        found |= other.sources(device)
     return found
 
 

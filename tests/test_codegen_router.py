@@ -1,0 +1,164 @@
+"""Routers and grouping: what is read of a graph, what compilers make of the kernels, and that no host waits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moefx import ops
+from moefx.codegen import Refusal, lowerings, replace, routing, store, target
+from moefx.codegen.aot import MATRIX_INSTRUCTIONS, Compiled, Job, compile_all, job
+from moefx.codegen.kernels.grouping import GroupingSpec
+from moefx.codegen.kernels.router import RouterGradSpec, RouterSpec
+from moefx.codegen.router_lowering import RouterLowering
+from moefx.codegen.spec import Kernel
+from moefx.routing.select import top_k
+from tests.codegen_support import DEVICES, needs_triton
+from tests.router_support import traced
+from tests.test_codegen_kernels import interpret, why_no_interpreter
+
+
+@pytest.mark.skipif(why_no_interpreter() is not None, reason=str(why_no_interpreter()))
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_in_the_interpreter(tmp_path: Path) -> None:
+    interpret("interpreted_router.py", tmp_path)
+
+
+def renormalised(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose by softmax and a bias, and renormalise: DeepSeek-V3's scheme with softmax."""
+    logits = F.linear(x.to(torch.float32), weight)
+    experts = top_k(logits.detach().softmax(-1) + bias, min(8, weight.shape[0]))
+    gates = logits.gather(-1, experts).softmax(-1)
+    ops.group(experts.reshape(-1, experts.shape[-1]), weight.shape[0])
+    return experts, gates
+
+
+def router(function: Any, *inputs: Tensor) -> RouterLowering | Refusal:
+    graph = traced(function, *inputs)
+    found = [item for item in lowerings(graph) if getattr(item, "what", getattr(item, "kind", "")) == "router"]
+    (only,) = found
+    assert isinstance(only, RouterLowering | Refusal)
+    return only
+
+
+def standard(experts: int, dtype: torch.dtype) -> RouterSpec:
+    found = router(renormalised, torch.zeros(3, 5, 1152, dtype=dtype), torch.zeros(experts, 1152), torch.zeros(experts))
+    assert isinstance(found, RouterLowering)
+    return found.spec
+
+
+def test_steps_are_read_from_the_graph() -> None:
+    spec = standard(8, torch.bfloat16)
+    assert (spec.dtype, spec.weight_dtype, spec.width, spec.keep) == ("bfloat16", "float32", 1152, False)
+    text = spec.program.text()
+    assert "z1: column" in text
+    assert "choose 8 by" in text
+    assert text.count("row_sum") == 1, "the softmax over all, for the scores"
+    assert text.count("chosen_sum") == 1, "the softmax over the chosen, for the gates"
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda logits: ops.group(top_k(logits, 2), 6), "no linear map"),
+        (lambda logits: ops.group(top_k(F.linear(logits, torch.eye(6)).cumsum(-1), 2), 6), "cumsum"),
+        (lambda logits: ops.group(F.linear(logits, torch.eye(6)).sort(-1).indices[:, :2], 6), "sorts upwards"),
+    ],
+)
+def test_what_is_no_such_router_stays_with_its_reason(function: Any, reason: str) -> None:
+    found = router(function, torch.randn(9, 6))
+    assert isinstance(found, Refusal)
+    assert reason in found.reason
+
+
+def test_other_choices_are_not_spoken_of() -> None:
+    graph = traced(lambda x: x.argmax(-1, keepdim=True), torch.randn(9, 6))
+    assert lowerings(graph) == []
+
+
+def kernels(experts: int) -> list[tuple[Kernel, Any]]:
+    """Return routers of both dtypes and their gradient, and grouping, with what their ``launch`` takes."""
+    found: list[tuple[Kernel, Any]] = []
+    for dtype in (torch.bfloat16, torch.float32):
+        spec = standard(experts, dtype)
+        found += [(spec, None), (RouterGradSpec(spec.program, (0,)), None)]
+    groups, flat = 1 << experts.bit_length(), ["i64", [4098]]
+    counts, tiles = ["i32", [33, groups]], ["i32", [3, 39]]
+    return [*found, (GroupingSpec(), (flat, counts, flat, ["i64", [experts + 1]], flat, tiles, 64))]
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("experts", [8, 64, 256])
+def test_kernels_fit_their_target(device: str, experts: int) -> None:
+    chosen = target(device)
+    jobs = []
+    for spec, arguments in kernels(experts):
+        made = job(spec, spec.schedule(chosen, 1024, 128), chosen)
+        jobs.append(made if arguments is None else Job(spec.name, made.source, arguments, chosen))
+    results = compile_all(jobs)
+    for found in results:
+        assert isinstance(found, Compiled), found
+        assert not found.problems(chosen)
+    assert isinstance(results[0], Compiled)
+    wanted = MATRIX_INSTRUCTIONS[device] if device == "gfx942" else "HMMA"
+    assert results[0].main.count(wanted) > 0, results[0].main.row()
+
+
+class _Recorder(TorchDispatchMode):
+    """Note every operator that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_number_leaves_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Run what surrounds the launches, without the launches: it allocates and reshapes, and reads nothing."""
+    monkeypatch.setenv("MOEFX_CACHE_DIR", str(tmp_path))
+    launched: list[str] = []
+
+    def load(source: str, stem: str) -> Any:
+        return SimpleNamespace(launch=lambda *a: launched.append(stem), blocks_of=lambda rows: (1, rows))
+
+    monkeypatch.setattr(store, "load", load)
+    routing.clear()
+    x, weight, bias = torch.randn(3, 5, 16), torch.randn(6, 16, requires_grad=True), torch.randn(6)
+    graph = traced(renormalised, x, weight.detach(), bias)
+    assert replace(graph, lowerings(graph), training=True) == 0, "no region of products"
+    with _Recorder() as seen:
+        _, gates = graph(x, weight, bias)
+        torch.autograd.grad(gates.sum(), weight)
+        torch.ops.moefx.grouping(torch.zeros(15, 2, dtype=torch.int64), 6)
+    routing.clear()
+    assert len([name for name in launched if name.startswith("router_keeping")]) == 1
+    assert len([name for name in launched if name.startswith("router_grad")]) == 1
+    assert "grouping" in launched
+    waiting = {"_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "bincount"}
+    assert not seen.names & waiting, seen.names
+
+
+def test_a_lowered_graph_needs_no_values() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    x, weight, bias = torch.randn(3, 5, 16), torch.randn(6, 16), torch.randn(6)
+    graph = traced(renormalised, x, weight, bias)
+    replace(graph, lowerings(graph))
+    with FakeTensorMode() as mode:
+        experts, gates = graph(*(mode.from_tensor(t) for t in (x, weight, bias)))
+    assert (experts.shape, gates.shape) == ((3, 5, 6), (3, 5, 6))
+    assert isinstance(graph, fx.GraphModule)
