@@ -46,6 +46,12 @@ def routed() -> torch.nn.Module:
     ))  # fmt: skip
 
 
+def example(model: torch.nn.Module) -> tuple[torch.Tensor]:
+    """Inputs of one rank."""
+    del model
+    return (torch.zeros(3, 5, 8),)
+
+
 def steps(model: torch.nn.Module) -> Iterator[tuple[float, tuple[torch.Tensor]]]:
     """Three steps of three samples."""
     del model
@@ -268,3 +274,22 @@ def test_sizes_and_times_in_words() -> None:
         parse_bytes("6 gallons")
     assert [bytes_text(v) for v in (0, 1023, 2**20, float("inf"))] == ["0 B", "1023 B", "1 MiB", "-"]
     assert [seconds_text(v) for v in (0, 2e-9, 3e-6, 0.004, 5)] == ["0 s", "2 ns", "3 µs", "4 ms", "5 s"]
+
+
+def test_place_writes_and_draws_the_schedule_of_a_step(tmp_path: Path) -> None:
+    name, path = "tests.test_placement_cli:routed", tmp_path / "trace.npz"
+    run("trace", name, "--runs", "tests.test_placement_cli:steps", "--save", path)
+    args = ("place", path, "--on", "node:2", "--model", name, "--inputs", "tests.test_placement_cli:example")
+    run(*args, "--schedule", tmp_path / "step.txt")
+    lines = (tmp_path / "step.txt").read_text().splitlines()
+    assert "bytes sent" in lines[0]
+    roles = [
+        line.split(">")[1].split()[0] for line in lines if ">count" in line or ">dispatch" in line or ">comb" in line
+    ]
+    assert roles == ["count", "dispatch", "combine"] * 2
+    begins = [float(line.split()[0]) for line in lines[2:] if ">" in line[:40]]
+    assert begins == sorted(begins)
+    run(*args, "--schedule", tmp_path / "step.svg")
+    assert (tmp_path / "step.svg").read_text().count("exchanging") == 2
+    refused = run("place", path, "--width", 8, "--hidden", 16, "--schedule", tmp_path / "no.txt", code=2)
+    assert "--model" in refused.stderr

@@ -62,6 +62,11 @@ def place(
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw it to this .png or .svg.", rich_help_panel="Output")
     ] = None,
+    schedule: Annotated[
+        Path | None,
+        typer.Option("--schedule", help="Write a step of --model to a .txt, or draw it.", rich_help_panel="Output"),
+    ] = None,
+    inputs: o.InputsFrom = None,
     json: o.Json = False,
     out: o.Out = None,
     quiet: o.Quiet = False,
@@ -85,6 +90,8 @@ def place(
             text = _compare(found, topology, dims, budget, as_json=json)
         else:
             text = _one(strategy, found, topology, dims, budget, save=save, plot=plot, as_json=json)
+            if schedule is not None:
+                _write_schedule(schedule, strategy, found, topology, budget, model=model, inputs=inputs, seed=seed)
     emit(text, out)
 
 
@@ -136,6 +143,30 @@ def _one(
         data = head | {"placement": placed.model_dump(), "predicted": _data(seen)}
         return json_module.dumps(data, indent=1) + "\n"
     return rendered(_summary(placed, seen), _devices(placed, seen), _links(seen), _levels(trace, seen))
+
+
+def _write_schedule(
+    path: Path, strategy: str, trace: RoutingTrace, topology: Topology, budget: Budget, *,
+    model: str | None, inputs: str | None, seed: int,
+) -> None:  # fmt: skip
+    """Write the graph of a step in the order in which it would run, or draw it before and after ordering."""
+    if model is None:
+        raise OptionError(f"write a schedule to {path}", found="no model", do="name it with --model")
+    from moefx.cli.models import build
+    from moefx.cli.plots import draw_schedules
+    from moefx.inspect.scheduled import scheduled_text
+    from moefx.parallel import preview
+    from moefx.passes.placement import ModelDims
+    from moefx.passes.placement import place as plan
+
+    built, given = build(model, seed=seed, inputs=inputs)
+    placed = plan(trace, topology, ModelDims.of(built), strategy, budget)
+    best, one = (preview(built, placed, given, topology=topology, trace=trace, chunks=r) for r in (None, 1))
+    if path.suffix == ".txt":
+        path.write_text(scheduled_text(best.graph, best.timeline), encoding="utf-8")
+        return
+    parts = f"ordered, {best.chunks} parts of the tokens" if best.chunks > 1 else "ordered"
+    draw_schedules({"as written": one.before, parts: best.timeline}, path)
 
 
 def _data(seen: Prediction) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +10,12 @@ import numpy as np
 
 from moefx.errors import InputError
 
+STREAM_NAMES = {"compute": "computing", "comm": "exchanging", "copy": "copying"}
+
 if TYPE_CHECKING:
     from moefx.passes.placement import Placement, RoutingTrace
     from moefx.passes.placement.predict import Prediction
+    from moefx.passes.schedule import Timeline
 
 
 def _figure(rows: int, columns: int, width: float, height: float) -> Any:
@@ -88,6 +92,40 @@ def draw_placement(placement: Placement, trace: RoutingTrace, seen: Prediction, 
     for plotted in axes[len(layouts) : len(layouts) + 2]:
         plotted.set_xlabel("noise level", fontsize=7)
         plotted.invert_xaxis()
+    _save(figure, path)
+
+
+def draw_schedules(timelines: Mapping[str, Timeline], path: Path, *, device: int = 0) -> None:
+    """Draw what the streams of one device do, one picture above another on one clock.
+
+    Args:
+        timelines: by title.
+        path: ``.png`` or ``.svg``.
+        device: whose.
+
+    Raises:
+        InputError: matplotlib is missing, or the file cannot be written.
+    """
+    figure = _figure(len(timelines), 1, 11.0, 1.9 * len(timelines) + 0.4)
+    from matplotlib import colormaps
+    from matplotlib.patches import Patch
+
+    roles = sorted({task.role for line in timelines.values() for task in line.tasks})
+    colour = {role: colormaps["tab10"](i % 10) for i, role in enumerate(roles)}
+    streams = [s for s in STREAM_NAMES if any(t.stream == s for line in timelines.values() for t in line.tasks)]
+    longest = max(line.total_s for line in timelines.values())
+    unit, scale = ("ms", 1e3) if longest >= 1e-3 else ("µs", 1e6)
+    for axes, (title, line) in zip(figure.axes, timelines.items(), strict=True):
+        for n, task in enumerate(line.tasks):
+            begin, end = line.start_s[n, device] * scale, line.end_s[n, device] * scale
+            axes.barh(streams.index(task.stream), end - begin, left=begin, color=colour[task.role], height=0.8)
+        axes.set_yticks(range(len(streams)), [STREAM_NAMES[s] for s in streams])
+        axes.invert_yaxis()
+        axes.set_xlim(0, longest * scale)
+        axes.set_title(f"{title}: {line.total_s * scale:.4g} {unit}", fontsize=9, loc="left")
+    figure.axes[-1].set_xlabel(unit, fontsize=8)
+    shown = [Patch(color=colour[role], label=role) for role in roles]
+    figure.legend(handles=shown, loc="outside right upper", fontsize=7)
     _save(figure, path)
 
 

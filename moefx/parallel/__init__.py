@@ -16,7 +16,7 @@ from moefx.parallel.experts import ParallelExperts
 from moefx.parallel.folded import schedule_specialised
 from moefx.parallel.guidance import GuidanceSplit, split_guidance
 from moefx.parallel.parallelize import expert_parameters, parallel_layers, parallelize
-from moefx.parallel.program import Program, schedule
+from moefx.parallel.program import Program, preview, schedule
 from moefx.parallel.roster import Roster
 from moefx.parallel.shards import load_shards, save_shards
 from moefx.parallel.state import average_expert_gradients, average_gradients, gather_experts, gather_state_dict
@@ -41,6 +41,7 @@ __all__ = [
     "parallel_layers",
     "parallelize",
     "save_shards",
+    "preview",
     "schedule",
     "schedule_specialised",
     "schedule_streamed",

@@ -22,6 +22,7 @@ from moefx.errors import MoefxError, PlanError
 from moefx.graph import Graph
 from moefx.graph.signature import Inputs
 from moefx.parallel.agree import agree, text_digest
+from moefx.parallel.divided import DividedExperts
 from moefx.parallel.lower import divide_experts
 from moefx.parallel.memory import Memory
 from moefx.parallel.parallelize import _agree_everywhere, _groups, parallel_layers, parallelize
@@ -143,17 +144,17 @@ class Program(nn.Module):
         """
         asked = f"schedule {type(self.model).__name__}"
         problem, orders, made = None, bytes(32), dict[tuple[int, str], Scheduled]()
+        layers = list(parallel_layers(self.model).values())
         try:
             for i, layout in enumerate(self.placement.layouts):
                 one = replace(plan, memories=self._memories[i])
-                made[i, way] = self.maker.best(self.model, self.placement, layout, one, degrees)
+                made[i, way] = self.maker.best(layers, self.placement, layout, one, degrees)
             self._check([one.graph for one in made.values()], asked)
             orders = text_digest(repr([order_digest(one.tasks) for one in made.values()]))
         except MoefxError as error:
             problem = error
-        first = next(iter(parallel_layers(self.model).values()))
-        group = _resolve_process_group(cast(Any, first.group))
-        agree(asked, {"the orders of collectives": orders}, problem, first.slot_bounds.device.type, group)
+        group = _resolve_process_group(cast(Any, layers[0].group))
+        agree(asked, {"the orders of collectives": orders}, problem, layers[0].slot_bounds.device.type, group)
         self.variants |= made
 
     def _check(self, graphs: Sequence[Graph], asked: str) -> None:
@@ -271,21 +272,36 @@ class Maker:
         return cls(graph, paths, rows, topology, ModelDims.of(model), trace)
 
     def best(
-        self, model: nn.Module, whole: Placement, layout: Placement, plan: Plan, degrees: Sequence[int]
+        self,
+        layers: Sequence[DividedExperts],
+        whole: Placement,
+        layout: Placement,
+        plan: Plan,
+        degrees: Sequence[int] = DEGREES,
     ) -> Scheduled:
-        """Return the graph of one layout with the number of chunks that is fastest on the clock."""
+        """Return the graph of one layout with the number of chunks that is fastest on the clock.
+
+        Args:
+            layers: divided experts; none for a graph of rank 0 to look at.
+            whole: the placement.
+            layout: one of its layouts.
+            plan: how tokens travel.
+            degrees: numbers of chunks to try.
+        """
         costs = self._costs(whole, layout)
-        made = [self._written(model, layout, costs, replace(plan, chunks=r)) for r in degrees]
+        made = [self._written(layers, layout, costs, replace(plan, chunks=r)) for r in degrees]
         least = min(one.timeline.total_s for one in made)
         return next(one for one in made if one.timeline.total_s <= least * (1 + 1e-12))
 
-    def _written(self, model: nn.Module, layout: Placement, costs: list[LayerCost], plan: Plan) -> Scheduled:
-        layers, graph = list(parallel_layers(model).values()), self.graph.copy()
-        rosters = [Roster.of(layout, i) for i in range(len(layers))]
-        rank = Rank(layers[0].rank, layers[0].group)
+    def _written(
+        self, layers: Sequence[DividedExperts], layout: Placement, costs: list[LayerCost], plan: Plan
+    ) -> Scheduled:
+        graph = self.graph.copy()
+        rosters = [Roster.of(layout, i) for i in range(len(self.paths))]
+        rank = Rank(layers[0].rank, layers[0].group) if layers else Rank(0, "")
         senders = {
-            path: CopiedWeights.of(layer, roster)
-            for path, layer, roster in zip(self.paths, layers, rosters, strict=True)
+            path: CopiedWeights.of(layers[i] if layers else None, roster, rank.number)
+            for i, (path, roster) in enumerate(zip(self.paths, rosters, strict=True))
         }
         divide_experts(graph, self.paths, rosters, rank, plan, costs, senders)
         before = simulate(tasks_of(graph), len(self.topology))
@@ -301,6 +317,24 @@ class Maker:
             level = served[len(served) // 2] if served else 0
         ranks = len(self.topology)
         return region_costs(layout, self.topology, self.dims, lambda i: self.rows[i] * ranks, self.trace, level)
+
+
+def preview(
+    model: nn.Module,
+    placement: Placement,
+    inputs: Inputs = None,
+    *,
+    topology: Topology,
+    trace: RoutingTrace | None = None,
+    chunks: int | None = None,
+) -> Scheduled:
+    """Return the graph of the first layout on rank 0 as :func:`schedule` would order it, without any process.
+
+    The model may be on ``meta``; the graph is to be looked at and simulated, not run.
+    """
+    maker = Maker.of(model, inputs, topology, trace)
+    layout = placement.layouts[0]
+    return maker.best((), placement, layout, Plan(), DEGREES if chunks is None else (chunks,))
 
 
 def capture(model: nn.Module, inputs: Inputs) -> Graph:

@@ -129,7 +129,7 @@ class CopiedWeights:
     """Weights of copies of one layer, kept between calls without gradients until the layer forgets them.
 
     Args:
-        layer: the divided experts.
+        layer: the divided experts; None in a graph that is not executed.
         leaving: which of this rank's experts each rank has a copy of, as rows of the stacked weights, in one list.
         sent: how many for each rank.
         received: how many copies here come from each rank.
@@ -137,17 +137,17 @@ class CopiedWeights:
     """
 
     def __init__(
-        self, layer: DividedExperts, leaving: list[int], sent: list[int], received: list[int], order: list[int]
+        self, layer: DividedExperts | None, leaving: list[int], sent: list[int], received: list[int], order: list[int]
     ) -> None:
         self.layer, self.leaving, self.order = layer, leaving, order
         self.sent, self.received = sent, received
 
     @classmethod
-    def of(cls, layer: DividedExperts, roster: Roster) -> CopiedWeights:
+    def of(cls, layer: DividedExperts | None, roster: Roster, rank: int) -> CopiedWeights:
         """Read who sends what to whom off a roster."""
-        mine = {expert: i for i, expert in enumerate(roster.homes[layer.rank])}
+        mine = {expert: i for i, expert in enumerate(roster.homes[rank])}
         wanted = [[mine[e] for e in copies if e in mine] for copies in roster.copies]
-        ours = roster.copies[layer.rank]
+        ours = roster.copies[rank]
         arriving = [[e for e in ours if e in set(home)] for home in roster.homes]
         place = {expert: i for i, expert in enumerate(e for rank in arriving for e in rank)}
         leaving = [i for rank in wanted for i in rank]
@@ -159,17 +159,20 @@ class CopiedWeights:
 
 def begin_copies(copies: CopiedWeights, name: str, own: Tensor) -> Flight | None:
     """Begin to send weights to copies of this rank's experts; nothing if all ranks still have them."""
+    layer = copies.layer
+    assert layer is not None
     if torch.is_grad_enabled():
-        copies.layer._copied = None
-    elif name in (copies.layer._copied or {}):
+        layer._copied = None
+    elif name in (layer._copied or {}):
         return None
     chosen = torch.tensor(copies.leaving, dtype=torch.int64, device=own.device)
-    return launch(flat_rows(own)[chosen], copies.sent, copies.received, copies.layer.group)
+    return launch(flat_rows(own)[chosen], copies.sent, copies.received, layer.group)
 
 
 def end_copies(copies: CopiedWeights, name: str, own: Tensor, flight: Flight | None) -> Tensor:
     """Return this rank's weights followed by those of its copies."""
     layer = copies.layer
+    assert layer is not None
     if flight is None:
         return torch.cat([own, (layer._copied or {})[name]])
     arrived = arrive(flight, copies.sent, copies.received, layer.group)

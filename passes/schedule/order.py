@@ -7,6 +7,7 @@ the order is made once, from the slowest device's times, with ties broken by the
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -16,21 +17,24 @@ from moefx.passes.schedule.simulate import simulate
 from moefx.passes.schedule.task import STREAMS, Task
 
 DEGREES = (1, 2, 3, 4, 6, 8, 12, 16)
+# A stream stays idle rather than begin a task if something more urgent comes within this share of the task's time.
+_PATIENCE = (0.0, 0.25, 1.0)
 
 
 def in_best_order(tasks: Sequence[Task]) -> list[Task]:
-    """Return the tasks in the order in which greedy list scheduling would start them.
+    """Return the tasks in the order in which list scheduling would start them.
 
-    Whenever a stream is free, of the tasks that are ready the one with the longest way to the end starts. What comes
-    out is compared with the order that came in, and the faster of the two is returned.
+    Whenever a stream is free, of the tasks that are ready the one with the longest way to the end starts; or, with some
+    patience, none, if a running task will soon make a more urgent one ready. The fastest of several patiences and of
+    the order that came in is returned.
     """
     seconds = [float(np.max(task.seconds)) for task in tasks]
     users, waits = _edges(tasks)
     rank = _longest_way(seconds, users)
-    order = _greedy(tasks, seconds, users, waits, rank)
-    found = [tasks[n] for n in order]
-    devices = max(np.size(task.seconds) for task in tasks)
-    return found if simulate(found, devices).total_s <= simulate(tasks, devices).total_s else list(tasks)
+    orders = {tuple(_greedy(tasks, seconds, users, waits, rank, patience)): None for patience in _PATIENCE}
+    devices = max((np.size(task.seconds) for task in tasks), default=1)
+    found = [*([tasks[n] for n in order] for order in orders), list(tasks)]
+    return min(found, key=lambda order: simulate(order, devices).total_s)
 
 
 def best_degree(
@@ -71,20 +75,31 @@ def _longest_way(seconds: list[float], users: list[list[int]]) -> list[float]:
 
 
 def _greedy(
-    tasks: Sequence[Task], seconds: list[float], users: list[list[int]], waits: list[int], rank: list[float]
+    tasks: Sequence[Task],
+    seconds: list[float],
+    users: list[list[int]],
+    waits: list[int],
+    rank: list[float],
+    patience: float,
 ) -> list[int]:
     waits = list(waits)
+    # What takes no time starts at once: it may let another stream go on.
+    turn = [-way if time else -math.inf for way, time in zip(rank, seconds, strict=True)]
     order: list[int] = []
     ready: dict[str, list[tuple[float, int]]] = {stream: [] for stream in STREAMS}
     running: list[tuple[float, int]] = []
     idle, now = set(STREAMS), 0.0
     for n in range(len(tasks)):
         if not waits[n]:
-            heapq.heappush(ready[tasks[n].stream], (-rank[n], n))
+            heapq.heappush(ready[tasks[n].stream], (turn[n], n))
     while len(order) < len(tasks):
         for stream in STREAMS:
             if stream in idle and ready[stream]:
-                _, n = heapq.heappop(ready[stream])
+                n = ready[stream][0][1]
+                soon = now + patience * seconds[n]
+                if patience and any(end < soon and _more_urgent(users[m], rank, rank[n]) for end, m in running):
+                    continue
+                heapq.heappop(ready[stream])
                 order.append(n)
                 idle.discard(stream)
                 heapq.heappush(running, (now + seconds[n], n))
@@ -97,5 +112,9 @@ def _greedy(
             for user in users[n]:
                 waits[user] -= 1
                 if not waits[user]:
-                    heapq.heappush(ready[tasks[user].stream], (-rank[user], user))
+                    heapq.heappush(ready[tasks[user].stream], (turn[user], user))
     return order
+
+
+def _more_urgent(users: list[int], rank: list[float], than: float) -> bool:
+    return any(rank[user] > than for user in users)
