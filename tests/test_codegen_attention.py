@@ -58,6 +58,24 @@ def test_a_padded_head_in_float32_does_not_spill() -> None:
         assert not found.problems(chosen), (spec.stage, spec.precision)
 
 
+@needs_triton
+@pytest.mark.slow
+def test_a_padded_head_in_float32_does_not_spill() -> None:
+    chosen = target("sm_90")
+    specs = [
+        HeadAttentionSpec(72, 16, "float32", stage, precision)
+        for stage in ("forward", "queries", "keys")
+        for precision in ("ieee", "tf32")
+    ]
+    jobs = [
+        Job(spec.name, spec.emit(spec.schedule(chosen, 1024, 128)), tuple(spec.arguments(4098, 7, 39)), chosen)
+        for spec in specs
+    ]
+    for spec, found in zip(specs, compile_all(jobs), strict=True):
+        assert isinstance(found, Compiled), found
+        assert not found.problems(chosen), (spec.stage, spec.precision)
+
+
 def test_a_dump_shows_the_kernels() -> None:
     class Layer(nn.Module):
         def forward(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:

@@ -5,6 +5,13 @@ Shapes in the emitted code: B samples, N queries, M keys, R = B * N * H rows, G 
 
 from __future__ import annotations
 
+#: The tensors that ``launch`` takes and passes on, by stage.
+TENSORS = {
+    "forward": ["q", "k", "v", "gates", "order", "tile_map", "out", "lse"],
+    "queries": ["q", "k", "v", "gates", "order", "tile_map", "grad", "out", "lse", "dq", "dgates", "delta"],
+    "keys": ["q", "k", "v", "gates", "order", "offsets", "grad", "lse", "delta", "dk", "dv"],
+}
+
 _TILE = """    tile = tl.program_id(0)
     group = tl.load(map_ptr + tile)
     if group < 0:
@@ -97,18 +104,13 @@ FORWARD = (
 {% endfor %}
 
 
-def launch(q, k, v, gates, order, tile_map, out, lse, scale, upcast):
+def launch({{ tensors | join(", ") }}, scale, upcast):
     """Write ``out`` and ``lse`` (in powers of two)."""
     tiles = tile_map.shape[1]
     kernel[(tiles,)](
-        q,
-        k,
-        v,
-        gates,
-        order,
-        tile_map,
-        out,
-        lse,
+{% for name in tensors %}
+        {{ name }},
+{% endfor %}
         q.shape[0] * {{ heads }},
         k.shape[1],
         tiles,
@@ -195,22 +197,13 @@ QUERIES = (
 {% endfor %}
 
 
-def launch(q, k, v, gates, order, tile_map, grad, out, lse, dq, dgates, delta, scale, upcast):
+def launch({{ tensors | join(", ") }}, scale, upcast):
     """Write ``dq``, ``dgates`` and ``delta``."""
     tiles = tile_map.shape[1]
     kernel[(tiles,)](
-        q,
-        k,
-        v,
-        gates,
-        order,
-        tile_map,
-        grad,
-        out,
-        lse,
-        dq,
-        dgates,
-        delta,
+{% for name in tensors %}
+        {{ name }},
+{% endfor %}
         q.shape[0] * {{ heads }},
         k.shape[1],
         tiles,
@@ -287,21 +280,13 @@ KEYS = (
 {% endfor %}
 
 
-def launch(q, k, v, gates, order, offsets, grad, lse, delta, dk, dv, scale, upcast):
+def launch({{ tensors | join(", ") }}, scale, upcast):
     """Write ``dk`` and ``dv``."""
     key_tiles = triton.cdiv(k.shape[1], {{ block_n }})
     kernel[(k.shape[0] * {{ heads }} * key_tiles,)](
-        q,
-        k,
-        v,
-        gates,
-        order,
-        offsets,
-        grad,
-        lse,
-        delta,
-        dk,
-        dv,
+{% for name in tensors %}
+        {{ name }},
+{% endfor %}
         k.shape[1],
         key_tiles,
         scale,

@@ -66,6 +66,15 @@ class InputGradSpec(Kernel):
         """Names of the stacked weights."""
         return ["weight"] if self.weights == 1 else [f"weight{i}" for i in range(self.weights)]
 
+    @property
+    def parameters(self) -> list[str]:
+        """Names of the tensors that ``launch`` takes, in order."""
+        bias = ["bias"] if self.bias and self.combined else []
+        routing = ["order", "gates"] if self.combined else []
+        kept, value = (["kept"], ["value"]) if self.recomputes else ([], [])
+        partial = ["partial"] if self.combined else []
+        return ["grad", *self.weight_names, *bias, *routing, *kept, "tile_map", "out", *value, *partial]
+
     def schedule(self, target: Target, load: int, block_m: int) -> Schedule:
         """Return the tiles."""
         return gemm_tiles(target, self.dtype, self.reduced, self.columns, block_m, 128)
@@ -87,6 +96,7 @@ class InputGradSpec(Kernel):
             helpers=[_templates.HELPERS[name] for name in derivative.helpers],
             dtype=self.dtype,
             weight_names=self.weight_names,
+            parameters=self.parameters,
             combined=self.combined,
             bias=self.bias and self.combined,
             top_k=self.top_k,
@@ -311,54 +321,18 @@ def kernel(
 
 
 def launch(
-    grad,
-{% for name in weight_names %}
+{% for name in parameters %}
     {{ name }},
 {% endfor %}
-{% if bias %}
-    bias,
-{% endif %}
-{% if combined %}
-    order,
-    gates,
-{% endif %}
-{% if recomputes %}
-    kept,
-{% endif %}
-    tile_map,
-    out,
-{% if recomputes %}
-    value,
-{% endif %}
-{% if combined %}
-    partial,
-{% endif %}
     upcast,
 ):
     """Write ``out``{{ ", ``value``" if recomputes }}{{ " and ``partial``" if combined }}."""
     tiles = tile_map.shape[1]
     kernel[(tiles * {{ column_tiles }},)](
-        grad,
-{% for name in weight_names %}
+{% for name in parameters %}
         {{ name }},
 {% endfor %}
-{% if bias %}
-        bias,
-{% endif %}
 {% if combined %}
-        order,
-        gates,
-{% endif %}
-{% if recomputes %}
-        kept,
-{% endif %}
-        tile_map,
-        out,
-{% if recomputes %}
-        value,
-{% endif %}
-{% if combined %}
-        partial,
         partial.shape[1],
 {% endif %}
         grad.stride(0),
