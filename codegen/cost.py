@@ -8,18 +8,25 @@ Shapes: E experts of ``load`` rows each, K input and N output columns, tiles of 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sympy
 
+from moefx.codegen import store
 from moefx.codegen.spec import ITEM_BYTES, LinearSpec
 from moefx.codegen.targets import Target
 
 if TYPE_CHECKING:
     from moefx.codegen.schedule import Schedule
+
+logger = logging.getLogger(__name__)
 
 #: Share of the peak that a tile of (rows, columns) reaches when nothing else limits it; a prior.
 EFFICIENCY = {
@@ -40,6 +47,37 @@ VARIANT_EFFICIENCY = {"pointer": 1.0, "tma": 0.95, "tma divided": 0.98}
 FILL_S = 1e-6
 #: Expected rows of padding of an expert, as a share of a tile, under random loads (0.42 to 0.45 by simulation).
 PADDING_SHARE = sympy.Rational(45, 100)
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What a device reaches of the vendor's peaks, and what a tile costs beside its products: priors until measured."""
+
+    #: Shares of the peak rate of products and of the bandwidth.
+    peak: float = 1.0
+    bandwidth: float = 1.0
+    fill_s: float = FILL_S
+
+
+def constants_path(target: Target) -> Path:
+    """Return where measured constants of a target are kept."""
+    return store.cache_folder() / "calibration" / f"{target.name}.json"
+
+
+@functools.cache
+def constants_of(target: Target) -> Constants:
+    """Return the constants of a target: measured ones if any are kept, else the priors."""
+    path = constants_path(target)
+    try:
+        entry = json.loads(path.read_text())
+        found = Constants(*(float(entry[field.name]) for field in dataclasses.fields(Constants)))
+    except FileNotFoundError:
+        return Constants()
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        logger.warning("%s cannot be read (%s); the cost model keeps its priors", path, error)
+        return Constants()
+    return found
+
 
 _NAMES = "load E N K BM BN halves item P peak bandwidth eff blocks permuted fill"
 
@@ -111,13 +149,20 @@ class Estimate:
 
 
 def estimate(
-    spec: LinearSpec, schedule: Schedule, target: Target, load: int, experts: int, blocks: int | None = None
+    spec: LinearSpec,
+    schedule: Schedule,
+    target: Target,
+    load: int,
+    experts: int,
+    blocks: int | None = None,
+    constants: Constants | None = None,
 ) -> Estimate:
     """Return what the model says of a schedule.
 
     ``blocks`` is how many blocks share a processor; known from :func:`occupancy` once the kernel was compiled, else
-    guessed from the tile.
+    guessed from the tile. ``constants`` are those of the target unless given.
     """
+    known = constants or constants_of(target)
     kind = "tma divided" if schedule.warp_specialize else schedule.variant
     values = {
         "load": load,
@@ -129,12 +174,12 @@ def estimate(
         "halves": spec.halves,
         "item": ITEM_BYTES[spec.dtype],
         "P": target.processors,
-        "peak": target.matrix_tflops * 1e12 * _dtype_share(spec),
-        "bandwidth": target.memory_tb_per_s * 1e12,
+        "peak": target.matrix_tflops * 1e12 * _dtype_share(spec) * known.peak,
+        "bandwidth": target.memory_tb_per_s * 1e12 * known.bandwidth,
         "eff": efficiency(schedule.block_m, schedule.block_n) * VARIANT_EFFICIENCY[kind],
         "blocks": blocks or _guessed_blocks(spec, schedule, target),
         "permuted": int(spec.gather and schedule.variant == "tma" and not schedule.descriptor_gather),
-        "fill": FILL_S,
+        "fill": known.fill_s,
     }
     given = [values[name] for name in _NAMES.split()]
     return Estimate(**{name: float(function(*given)) for name, function in _functions().items()})

@@ -71,6 +71,23 @@ def test_standard_kernels_fit_their_target(
         assert main.count(copies) > 0, f"tiles are to be copied asynchronously: {main.row()}"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["sm_80", "sm_90"])
+def test_few_rows_stream_the_weights(device: str) -> None:
+    """Tiles of 16 rows, whose weights are copied ahead of their products in several stages."""
+    chosen, jobs = target(device), []
+    for spec in (up_projection(), down_projection()):
+        schedule = choose(spec, chosen, 16, 64)
+        assert (schedule.block_m, schedule.variant) == (16, "pointer")
+        assert schedule.num_stages >= 3
+        jobs.append(job(spec, schedule, chosen))
+    for found in compile_all(jobs):
+        assert isinstance(found, Compiled), found
+        assert not found.problems(chosen)
+        assert found.main.count("LDGSTS") > 0, found.main.row()
+        assert found.main.count("HMMA") > 0, found.main.row()
+
+
 @pytest.mark.parametrize("width", [100, 1150])
 def test_rows_of_any_width_compile(width: int) -> None:
     spec = LinearSpec(width, 300, "bfloat16", True, True, 1)
