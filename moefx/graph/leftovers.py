@@ -5,10 +5,11 @@ A later call of the model would find them there, so they are taken out. Nothing 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -23,6 +24,23 @@ def forget(values: Iterable[weakref.ref[Any]]) -> list[str]:
         gc.collect()
     if not _alive(values):
         return []
+    with _thawed():
+        return _take_out(values)
+
+
+@contextlib.contextmanager
+def _thawed() -> Iterator[None]:
+    """Let ``gc`` see the objects that ``gc.freeze`` set aside, as servers do after their imports: caches are there."""
+    frozen = gc.get_freeze_count()
+    gc.unfreeze()
+    try:
+        yield
+    finally:
+        if frozen:
+            gc.freeze()
+
+
+def _take_out(values: list[weakref.ref[Any]]) -> list[str]:
     kept = {id(value) for value in _alive(values)}
     for cache in [o for o in gc.get_objects() if type(o) is _CACHED]:
         if _holds(cache, kept, _DEPTH):
