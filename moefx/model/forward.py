@@ -160,16 +160,34 @@ def _with_signature(graph: Graph, empty: Collection[str], flag: str, checkpointe
             leaves = [n if not isinstance(n, Node) else env[n] for n in node.args[0]]
             new.output(_output(new, graph, leaves, holders.get(flag)))
             continue
-        elif node.op == "call_module" and node.target in checkpointed:
-            arguments = map_arg((node.args, node.kwargs), lambda n: env[n])
-            child = new.get_attr(str(node.target))
-            copied = env[node] = new.call_module(CALL_CHILD, (child, *arguments[0]), arguments[1])
+        elif node.op == "call_module" and (node.target in checkpointed or "instead" in node.meta):
+            copied = env[node] = _child_call(new, env, node, node.target in checkpointed)
         else:
             copied = env[node] = new.node_copy(node, lambda n: env[n])
         if node in guards:
             new.call_function(expect, (copied, guards[node].expected, describe_node(node)))
     new.lint()
     return new
+
+
+def _child_call(new: FxGraph, env: dict[Node, Node], node: Node, checkpointed: bool) -> Node:
+    """Emit the call of a child that is called through checkpointing, or in whose place something may be called.
+
+    ``meta["instead"]`` is a function and its further arguments: it maps the child to what is called.
+    """
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: env[n])
+    child = new.get_attr(str(node.target))
+    hands_on = any(user.target is received for user in node.users)
+    if "instead" in node.meta and not hands_on:
+        choose, given = node.meta["instead"]
+        child = new.call_function(choose, (child, *map_arg(given, lambda n: env[n])))
+    if checkpointed:
+        return new.call_module(CALL_CHILD, (child, *args), kwargs)
+    return new.call_function(_call, (child, *args), kwargs)
+
+
+def _call(child: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return child(*args, **kwargs)
 
 
 def _leaves(graph: Graph) -> list[Any]:
@@ -215,6 +233,8 @@ def _own_output(new: FxGraph, graph: Graph, leaves: list[Any], flag: Node | None
     tree: Any = pytree.tree_unflatten(leaves, graph.out_spec) if graph.out_spec is not None else leaves[0]
     if type(tree) in (Node, list, tuple, dict):
         return tree
+    if isinstance(tree, HandedOn) and isinstance(tree.output, Node | list | tuple | dict):
+        return new.call_function(HandedOn, tuple(tree))
     if isinstance(tree, OrderedDict) and hasattr(type(tree), "__dataclass_fields__"):
         made = new.call_function(type(tree), kwargs=dict(tree))
         return made if flag is None else new.call_function(_as_wanted, (flag, made))

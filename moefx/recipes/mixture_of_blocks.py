@@ -23,8 +23,8 @@ RECIPE = register_recipe(
         ),
         notes="The source publishes no code; a = 1/2, the straight-through gradient by the probability of the windows "
         "and the balance term are ours. Samples of one batch may choose different blocks, and nothing waits for the "
-        "device: all blocks of a group are computed, and the choice gates them, so that compute is only saved where a "
-        "fixed choice is exported. The distillation stages are a matter of training.",
+        "device: all blocks of a group are computed, and the choice gates them. On a CPU without gradients a block "
+        "that no sample of the batch takes is not run. The distillation stages are a matter of training.",
         aliases=("mob",),
     )
 )

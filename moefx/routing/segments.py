@@ -6,11 +6,15 @@ Legend: B samples, T tokens, D width, C tokens that stay, S sparse tokens, m blo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moefx import ops
 from moefx.errors import InputError, OptionError
 from moefx.routing.precision import KeepFloat32, at_least_float32, without_autocast
 from moefx.routing.record import RoutingRecord
@@ -189,3 +193,33 @@ def gate_block(before: Tensor, after: Tensor, gates: Tensor, block: int) -> Tens
     """
     g = gates[:, block].reshape(-1, 1, 1)
     return torch.where(g > 0.5, after + (g - 1) * (after - before), before + g * (after - before)).to(after.dtype)
+
+
+def block_or_nothing(
+    block: Callable[..., Any], gates: Tensor, index: int, streams: tuple[int | str, ...], places: tuple[int, ...]
+) -> Callable[..., Any]:
+    """Return what to call for a block: the block, or a function that hands its input on where no sample takes it.
+
+    What `gate_block` makes of either is the same. Only a CPU is asked for the gates, in eager calls without gradients.
+
+    Args:
+        block: one of m.
+        gates: ``[B, m]``.
+        index: which column.
+        streams: where the block's arguments have the streams: positions, or names.
+        places: where its result has them, −1 for nowhere; none at all if it returns its one stream alone.
+    """
+    if not ops.unseen(gates) or gates.device.type != "cpu" or bool((gates[:, index] > 0.5).any()):
+        return block
+    return partial(_hand_on, streams, places)
+
+
+def _hand_on(streams: tuple[int | str, ...], places: tuple[int, ...], *args: Any, **kwargs: Any) -> Any:
+    found = [args[where] if isinstance(where, int) else kwargs[where] for where in streams]
+    if not places:
+        return found[0]
+    result: list[Any] = [None] * (max(places) + 1)
+    for value, place in zip(found, places, strict=True):
+        if place >= 0:
+            result[place] = value
+    return tuple(result)

@@ -13,10 +13,17 @@ from torch import nn
 from torch.fx import Node
 
 from moefx.graph.splice import Splice
-from moefx.passes.analysis.segments import SegmentLayout
+from moefx.passes.analysis.segments import Member, SegmentLayout
 from moefx.passes.analysis.site import Kind, Site
 from moefx.passes.rewrite.base import Contract, Costs, Edit, Options, SegmentContext, SegmentPass, register_pass
-from moefx.routing.segments import BlockChoice, SparseTokens, TokenDrop, follow_shared, gate_block
+from moefx.routing.segments import (
+    BlockChoice,
+    SparseTokens,
+    TokenDrop,
+    block_or_nothing,
+    follow_shared,
+    gate_block,
+)
 from moefx.routing.tokens import follow, gather_tokens, put_tokens
 
 
@@ -222,7 +229,7 @@ class BlockChoicePass(_Blocks):
         return Contract("approximate", self.options.max_error, "blocks are left out")
 
     def costs(self, site: Site, tap_width: int = 0) -> Costs:
-        """Return the router's parameters; all blocks are computed, so that nothing is saved."""
+        """Return the router's parameters; a block is only left out where no sample of the batch takes it."""
         width = sum(int(entry.meta["val"].shape[-1]) for entry, _ in site.operands["streams"])
         windows = self.options.group - self.options.active + 1
         return Costs(0, windows * (width + tap_width), 0, 0)
@@ -249,6 +256,7 @@ class BlockChoicePass(_Blocks):
             shape = torch.empty((value.shape[0], len(members)), dtype=torch.float32, device=value.device)
         gates = splice.call_module(name, (*streams, *taps), around=first, val=shape)
         for i, member in enumerate(members):
+            _may_skip(context, member, gates, i)
             for entry, exit_ in zip(member.entries, member.exits, strict=True):
                 if exit_:
                     before = _now(context.node(member.call), context.node(entry))
@@ -267,3 +275,17 @@ class BlockChoicePass(_Blocks):
 def _now(call: Node, entry: Node) -> Node:
     """Return what a block reads where it read ``entry``: what an earlier block returned may have been gated since."""
     return next(n for n in call.all_input_nodes if n is entry or n.meta.get("replaces") is entry)
+
+
+def _may_skip(context: SegmentContext, member: Member, gates: Node, block: int) -> None:
+    """Say on the call of a block what may be called in its place, if its result holds streams and nothing else."""
+    call = context.node(member.call)
+    arguments: list[tuple[int | str, Any]] = [*enumerate(call.args), *call.kwargs.items()]
+    read = [_now(call, context.node(entry)) for entry in member.entries]
+    streams = [next((where for where, value in arguments if value is node), None) for node in read]
+    exits = [context.node(name) if name else None for name in member.exits]
+    alone = exits[0] is call
+    places = () if alone else tuple(-1 if node is None else int(str(node.args[1])) for node in exits)
+    others = [user for user in call.users if user not in exits] if not alone else []
+    if None not in streams and not others and not (alone and len(exits) > 1):
+        call.meta["instead"] = (block_or_nothing, (gates, block, tuple(streams), places))
