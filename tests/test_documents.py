@@ -62,3 +62,26 @@ def test_the_first_screen_of_the_readme_has_the_two_commands() -> None:
 def test_the_page_of_recipes_is_what_the_recipe_files_say() -> None:
     written = (ROOT / "docs" / "recipes.md").read_text()
     assert written == recipes_markdown(), "write it anew: moefx recipes --markdown --out docs/recipes.md"
+
+
+def test_the_page_on_kernels_names_what_there_is() -> None:
+    from moefx.codegen import TARGETS
+
+    page = (ROOT / "docs" / "codegen.md").read_text()
+    sources = [*(ROOT / "codegen").rglob("*.py"), ROOT / "moefx" / "backend.py"]
+    read = {name for path in sources for name in re.findall(r"\bMOEFX_[A-Z_]*[A-Z]", path.read_text())}
+    assert read <= set(re.findall(r"\bMOEFX_[A-Z_]*[A-Z]", page))
+    assert all(f"`{name}`" in page for name in TARGETS if name != "interpreter")
+
+
+def test_the_dumps_of_the_page_on_kernels_run() -> None:
+    from typer.testing import CliRunner
+
+    from moefx.cli import app
+
+    lines = [line for block in blocks("docs/codegen.md", "bash") for line in block.splitlines()]
+    dumps = [line.split() for line in lines if line.startswith("moefx dump")]
+    results = [CliRunner().invoke(app, words[1:]) for words in dumps]
+    assert [result.exit_code for result in results] == [0] * len(dumps)
+    assert "gather or scatter of tokens at" in results[0].stdout
+    assert "def launch(" in results[1].stdout

@@ -11,7 +11,6 @@ from moefx.codegen.emit import emit
 from moefx.codegen.schedule import load_class
 from moefx.codegen.spec import Kernel
 from moefx.codegen.targets import target
-from moefx.codegen.token_lowering import TokenLowering
 from moefx.errors import NothingMatched
 from moefx.graph import Graph
 from moefx.inspect import schema
@@ -85,10 +84,7 @@ def others_of(graph: Graph) -> list[KernelUse]:
     for item in lowerings(graph):
         if isinstance(item, Refusal | Lowering):
             continue
-        if isinstance(item, TokenLowering):
-            fresh = KernelUse("gather or scatter of tokens", (item.spec,), (item.spec,), ())
-        else:
-            fresh = KernelUse(item.what, item.kernels, item.training_kernels, ())
+        fresh = KernelUse(item.what, item.kernels, item.training_kernels, ())
         key = (fresh.what, *(one.name for one in fresh.kernels))
         before = uses.get(key, fresh)
         uses[key] = dataclasses.replace(before, sites=(*before.sites, item.name))
