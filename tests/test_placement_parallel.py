@@ -83,7 +83,7 @@ def test_each_rank_holds_its_experts_only_and_checkpoints_fit_any_placement(resu
         ("layers", "without ['ffns.1']"),
         ("experts", "(3, 6) experts per layer"),
         ("dense", "no routed FFN"),
-        ("one rank", "a Net and a str"),
+        ("one rank", "read the placement no placement"),
         ("plans", "the placements: rank 1 differs from rank 0"),
         ("weights", "the models' weights: rank 1 differs from rank 0"),
     ],

@@ -8,7 +8,7 @@ Legend: R rows, D width, T tokens, K slots per token, E experts, G ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,12 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed import _functional_collectives as fc
+from torch.distributed import _functional_collectives  # noqa: F401 - registers the ops
 
 from moefx import ops
 from moefx.errors import MoefxError
 
 Splits = list[int]
+_launch_op: Callable[..., Tensor] = torch.ops._c10d_functional.all_to_all_single
+_wait_op: Callable[..., Tensor] = torch.ops._c10d_functional.wait_tensor
 _counters: list[np.ndarray] = []
 
 
@@ -113,20 +115,23 @@ def _all_to_all(rows: Tensor, sent: Splits, received: Splits, group: Any) -> Ten
 
 
 def _begin(rows: Tensor, sent: Splits, received: Splits, group: Any) -> Tensor:
-    """Return the memory in which rows arrive; torch keeps what is sent until the wait."""
+    """Return the memory in which rows arrive; torch keeps what is sent until the wait.
+
+    The op itself: torch's function around it waits at once where a graph is recorded.
+    """
+    name = group if isinstance(group, str) else group.group_name
     if torch.compiler.is_compiling():
-        return fc.all_to_all_single(rows.contiguous(), received, sent, group)
+        return _launch_op(rows.contiguous(), received, sent, name)
     _count(rows, sent)
     with _loss_of_rank(len(sent)):
-        out = fc.all_to_all_single(rows.contiguous(), received, sent, group)
-    return out.elem if isinstance(out, fc.AsyncCollectiveTensor) else out
+        return _launch_op(rows.contiguous(), received, sent, name)
 
 
 def _end(arriving: Tensor, ranks: int) -> Tensor:
     if torch.compiler.is_compiling():
-        return fc.wait_tensor(arriving)
+        return _wait_op(arriving)
     with _loss_of_rank(ranks):
-        return fc.wait_tensor(arriving)
+        return _wait_op(arriving)
 
 
 @contextmanager
