@@ -249,7 +249,7 @@ def _plan_whole_block(
     """Find where the block's tokens are, and what follows them."""
     assert isinstance(rule, BlockPass)
     try:
-        where = plan_whole_block(facts, site, call)
+        where = plan_whole_block(facts, site, call, _opened(facts, rule, site) if rule.opens_attention else ())
     except NotByToken as reason:
         raise Skip(str(reason)) from None
     refusal = rule.layout_refusal(where["tokens"])
@@ -258,6 +258,18 @@ def _plan_whole_block(
     if rule.taps:
         where["taps"] = _argument_taps(facts, rule, where, call, carrying)
     return {**where, "layer": site.operands["layer"], "layers": site.operands["layers"]}
+
+
+def _opened(facts: Facts, rule: BlockPass, site: Site) -> tuple[str, ...]:
+    """Return the modules of a block's attentions over its own tokens."""
+    inside = [s for s in facts.sites if s.kind == "attention" and s.path.startswith(site.path)]
+    own = [s for s in inside if s.flavour in ("self", "joint") and set(s.nodes) <= set(site.nodes)]
+    if not own:
+        raise Skip("no attention in it has its own tokens as keys")
+    refusal = next((problem for s in own if (problem := rule.attention_refusal(s))), "")
+    if refusal:
+        raise Skip(refusal)
+    return tuple(sorted({path for s in own for path in _expand(facts.graph, s, site.path)}))
 
 
 def _plan_segment(graph: Graph, facts: Facts, rule: SegmentPass, site: Site) -> dict[str, Any]:

@@ -36,8 +36,10 @@ from moefx.routing.tokens import Joint
 _MOST_EXPANSIONS = 4
 
 
-def plan_whole_block(facts: Facts, site: Site, call: ModuleCall | None) -> dict[str, Any]:
+def plan_whole_block(facts: Facts, site: Site, call: ModuleCall | None, opened: Sequence[str] = ()) -> dict[str, Any]:
     """Return the fields of a block's plan that say where it is realised and where its tokens are.
+
+    Children in ``opened`` are written out in its graph in any case.
 
     Raises:
         NotByToken: it cannot run on some of its tokens.
@@ -57,9 +59,9 @@ def plan_whole_block(facts: Facts, site: Site, call: ModuleCall | None) -> dict[
         raise NotByToken("it does not return its token stream as it is")
     inputs = call_inputs(call)
     known = facts.graph.facts.setdefault("token layouts", {})
-    key = (call.type_name, str(inputs), structure(facts.context.flow, call.nodes))
+    key = (call.type_name, str(inputs), structure(facts.context.flow, call.nodes), tuple(opened))
     if key not in known:
-        known[key] = _Block(facts, site, call, inputs).layout(output)
+        known[key] = _Block(facts, site, call, inputs).layout(output, opened)
     else:
         make_forward(local_graph(graph.root.get_submodule(site.path), inputs, "children", known[key][1]))
     layout, expand = known[key]
@@ -165,9 +167,9 @@ class _Block:
         found = self.facts.context.classes.of(leaf)
         return leaf.meta["val"].ndim <= 2 and bool(found) and found <= {"timestep", "label"}
 
-    def layout(self, output: int) -> tuple[TokenLayout, tuple[str, ...]]:
-        """Return the layout, and the children that have to be written out for it."""
-        expand: set[str] = set()
+    def layout(self, output: int, opened: Sequence[str] = ()) -> tuple[TokenLayout, tuple[str, ...]]:
+        """Return the layout, and the children that have to be written out for it, those in ``opened`` at least."""
+        expand: set[str] = set(opened)
         for _ in range(_MOST_EXPANSIONS):
             one = local_graph(self.module, self.inputs, "children", expand)
             two = self._grown(expand)

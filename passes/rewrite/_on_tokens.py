@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from moefx.graph import Graph
-from moefx.graph.splice import Splice
+from moefx.graph.splice import Splice, is_inplace
+from moefx.passes.analysis.local import local_sites
 from moefx.passes.rewrite.base import BlockContext
 from moefx.routing.tokens import follow, gather_tokens
 
@@ -24,7 +25,7 @@ class Routed:
     """The values of a block that runs on some of its tokens.
 
     ``x`` [B, T, D] enters; ``index`` [B, C] and ``weights`` [B, T] come from the router; ``chosen`` [B, C, D] is what
-    the block now reads, ``after`` [B, C, D] what it now returns.
+    the block now reads, ``after`` [B, C, D] what it now returns. ``full`` says of what was cut what it was cut from.
     """
 
     splice: Splice
@@ -33,6 +34,7 @@ class Routed:
     weights: Node
     chosen: Node
     after: Node
+    full: Mapping[Node, Node]
 
     def call(self, function: Callable[..., Any], *args: Any, around: Node | None = None) -> Node:
         """Insert a call, by default at the end of the block."""
@@ -62,7 +64,7 @@ def run_on_tokens(context: BlockContext, rule: str, child: str, count: int) -> R
     chosen = splice.call_function(gather_tokens, (x, index), around=first)
     for user in users:
         user.replace_input_with(x, chosen)
-    before = {chosen: value}
+    before, full = {chosen: value}, {chosen: x}
     for item in layout.follows:
         node = context.node(item.node)
         readers = [context.node(item.user)] if item.user else list(node.users)
@@ -70,11 +72,59 @@ def run_on_tokens(context: BlockContext, rule: str, child: str, count: int) -> R
         cut = splice.call_function(follow, (node, index, x, item.axes, item.ndim, item.joint), around=around)
         for reader in readers:
             reader.replace_input_with(node, cut)
-        before[cut] = node.meta["val"]
+        before[cut], full[cut] = node.meta["val"], node
     _reshape(graph, before)
     after = graph.output_node.args[0][layout.output]  # type: ignore[index]
     assert isinstance(after, Node)
-    return Routed(splice, x, index, weights, chosen, after)
+    return Routed(splice, x, index, weights, chosen, after, full)
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys and values of a block's attentions before its tokens were cut: cores, and what every node was like."""
+
+    cores: tuple[tuple[Node, Node, Node], ...]
+    values: dict[Node, Any]
+
+    @staticmethod
+    def of(graph: Graph) -> Keys:
+        """Note them down in a graph that was not rewritten yet."""
+        own = [s for s in local_sites(graph) if s.kind == "attention" and s.flavour in ("self", "joint")]
+        cores = tuple((s.operands["core"], s.operands["k"], s.operands["v"]) for s in own)
+        return Keys(cores, {node: node.meta.get("val") for node in graph.fx.nodes})
+
+    def keep(self, routed: Routed) -> None:
+        """Let the attentions of a rewritten block read keys and values of all tokens again: compute both once more."""
+        fx = routed.splice.graph.fx
+        order = [n for n in fx.nodes if n.op != "output"]
+        cut = set(routed.full)
+        for node in order:
+            if cut & set(node.all_input_nodes):
+                cut.add(node)
+        for core, *operands in self.cores:
+            needed = _ancestors(operands, order)
+            copies = dict(routed.full)
+            for node in order:
+                if node in needed and node in cut and node not in copies:
+                    made = routed.splice.copy(node, copies, around=core)
+                    made.meta["val"] = self.values.get(node)
+                    copies[node] = made
+            for operand in operands:
+                core.replace_input_with(operand, copies.get(operand, operand))
+
+
+def _ancestors(nodes: Sequence[Node], order: Sequence[Node]) -> set[Node]:
+    """Return what the nodes are computed from, writes into any of it included: those have no readers of their own."""
+    seen, stack = set(nodes), list(nodes)
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                stack.append(source)
+        if not stack:
+            stack = [n for n in order if n not in seen and is_inplace(n) and n.args[0] in seen]
+            seen.update(stack)
+    return seen
 
 
 def _reshape(graph: Graph, before: dict[Node, Any]) -> None:

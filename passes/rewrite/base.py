@@ -228,6 +228,15 @@ class BlockPass(Pass):
         """Return why a block with this layout cannot be rewritten; ``""`` if it can."""
         return ""
 
+    @property
+    def opens_attention(self) -> bool:
+        """Whether the block's attention over its own tokens has to be written out in its graph."""
+        return False
+
+    def attention_refusal(self, attention: Site) -> str:
+        """Return why that attention cannot be rewritten; ``""`` if it can."""
+        return ""
+
     @abstractmethod
     def edit(self, context: BlockContext) -> Edit:
         """Change ``context.graph``, never its root, and return the children that it now needs."""

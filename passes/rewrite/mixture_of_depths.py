@@ -17,7 +17,8 @@ from torch.fx import Node
 
 from moefx.passes.analysis.site import Kind, Site
 from moefx.passes.analysis.tokens import TokenLayout
-from moefx.passes.rewrite._on_tokens import Routed, run_on_tokens, set_output
+from moefx.passes.rewrite._on_tokens import Keys, Routed, run_on_tokens, set_output
+from moefx.passes.rewrite.attention import refuse_core
 from moefx.passes.rewrite.base import BlockContext, BlockPass, Contract, Costs, Edit, Options, register_pass
 from moefx.routing.depths import TokenRouter, Weight, scale_tokens, weighted_update
 from moefx.routing.tokens import put_tokens
@@ -40,6 +41,7 @@ class MixtureOfDepthsOptions(Options):
     alpha: float = Field(0.2, gt=0, description="range of the weight 1 + alpha * tanh(score)")
     gate: Literal["update", "ffn"] = Field("update", description="what a selected token's weight multiplies")
     skipped: Literal["kept", "weighted"] = Field("kept", description="what happens to the tokens that pass by")
+    keep_keys: bool = Field(False, description="skipped tokens stay keys and values of the block's attention")
     shared_router: bool = Field(False, description="one router for all blocks of a width")
     router_bias: bool = Field(True, description="give the router a bias, which starts its weights at 1")
     router_std: float = Field(0.0, ge=0, description="standard deviation of the router; 0: every weight is equal")
@@ -90,6 +92,15 @@ class MixtureOfDepths(BlockPass):
             return "its feed-forward network is no module of its own, so that weights have no place there"
         return ""
 
+    def attention_refusal(self, attention: Site) -> str:
+        """Return why the attention's keys cannot be computed for more tokens than its queries."""
+        return refuse_core(attention)
+
+    @property
+    def opens_attention(self) -> bool:
+        """Whether the attention has to be written out."""
+        return self.options.keep_keys
+
     def contract(self) -> Contract:
         """Exact when no token is skipped and every weight is 1."""
         o = self.options
@@ -104,6 +115,8 @@ class MixtureOfDepths(BlockPass):
         rows = 2 if o.weight == "probability" else 1
         bias = int(o.router_bias and o.weight != "probability")
         saved = 1 - o.capacity_of(int(site.operands["layer"]), int(site.operands["layers"]))
+        # Keys and values are 2 of the 12 D² that a block of usual proportions multiplies a token with.
+        saved *= 5 / 6 if o.keep_keys else 1
         # A shared router is counted with the first block.
         own = not (o.shared_router and int(site.operands["layer"]))
         return Costs(0, own * (rows * width + bias), 0, rows * width, saved_fraction=saved)
@@ -113,7 +126,10 @@ class MixtureOfDepths(BlockPass):
         o = self.options
         router = self._router(context)
         count = router.tokens(context.stream.meta["val"].shape[1])
+        keys = Keys.of(context.graph) if o.keep_keys else None
         routed = run_on_tokens(context, self.name, CHILD, count)
+        if keys is not None:
+            keys.keep(routed)
         chosen_weights = routed.call(torch.gather, routed.weights, 1, routed.index, around=routed.chosen.next)
         after = routed.after
         if o.gate == "ffn":
