@@ -21,9 +21,10 @@ RECIPE = register_recipe(
         ),
         notes="b = 1, w = 0 at the start is ours: r = 1, so capacity 1 is the dense block to the bit. Skipped tokens "
         "are neither queries nor keys; with keep_keys they stay keys and values of the others. Rotary tables, masks "
-        "and modulations per token follow the tokens, at their original positions; of two streams the image's is routed and the text stays; where text and image are one "
-        "stream, both are. Blocks whose tokens see their neighbours (convolutions) are left dense. The capacity may "
-        "follow a schedule over the layers (capacity_schedule) and over the training (warm_up).",
+        "and modulations per token follow the tokens, at their original positions; of two streams the image's is "
+        "routed and the text stays; where text and image are one stream, both are. Blocks whose tokens see their "
+        "neighbours (convolutions) are left dense. The capacity may follow a schedule over the layers "
+        "(capacity_schedule) and over the training (warm_up).",
         aliases=("mod",),
     )
 )
