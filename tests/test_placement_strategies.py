@@ -156,7 +156,7 @@ def test_copies_of_the_hottest_experts_halve_the_peak() -> None:
     load = np.array([600.0, 560, 120, 120, 20, 10, 10, 10])
     trace = RoutingTrace(np.ones(1), ("a",), (8,), load[None, None])
     dims, topology, budget = dims_of(trace), Topology.processes(8), Budget(spare=1)
-    assert place(trace, topology, dims, "eplb", budget).objective <= 232
+    assert place(trace, topology, dims, "eplb", budget).objective < 232  # what the greedy alone reaches
     divided = place(trace, topology, dims, "lp_share", budget)
     assert divided.objective < 232
     assert divided.copies_of(0, 0).size == 2

@@ -18,6 +18,8 @@ IDs = NDArray[np.int64]
 Held = NDArray[np.bool_]
 
 _SMALLEST_GAIN = 1e-12
+# After the greedy, so many times copies are taken from some of a few experts and given to others where that helps.
+_ROUNDS, _CANDIDATES = 8, 2
 
 
 def slots_with_spare(experts: int, devices: int, layer: int, budget: Budget) -> IDs:
@@ -39,10 +41,53 @@ def slots_with_spare(experts: int, devices: int, layer: int, budget: Budget) -> 
     return slots_G + budget.spare
 
 
-def replicate(load_SE: Array, slots_G: IDs, speeds: Array) -> Held:
-    """Return which device holds which expert ``[E, G]``: spare slots go to the experts with most rows per copy."""
+def replicate(load_SE: Array, slots_G: IDs, speeds: Array, *, equal: bool) -> Held:
+    """Return which device holds which expert ``[E, G]``: spare slots go to the experts with most rows per copy.
+
+    Args:
+        load_SE: rows.
+        slots_G: of each device.
+        speeds: of the devices.
+        equal: shares will stay equal, so the numbers of copies are refined for that.
+    """
     counts_E = _count_copies(load_SE, int(slots_G.sum()), len(slots_G))
-    return refine(load_SE, _pack(load_SE / counts_E, counts_E, slots_G, speeds), speeds)
+    held_EG = refine(load_SE, _pack(load_SE / counts_E, counts_E, slots_G, speeds), speeds)
+    for _ in range(_ROUNDS if equal else 0):
+        tried = [
+            refine(load_SE, _pack(load_SE / counts, counts, slots_G, speeds), speeds)
+            for counts in _copies_moved(load_SE, held_EG.sum(axis=1), len(slots_G))
+        ]
+        found = min([held_EG, *tried], key=lambda held: _peaks(load_SE, held, speeds))
+        if found is held_EG:
+            break
+        held_EG = found
+    return held_EG
+
+
+def _peaks(load_SE: Array, held_EG: Held, speeds: Array) -> float:
+    """Return the sum over noise levels of the busiest device's time."""
+    return float((load_SE @ equal_shares(held_EG) / speeds).max(axis=1).sum())
+
+
+def _copies_moved(load_SE: Array, counts_E: IDs, devices: int) -> list[IDs]:
+    """Return other numbers of copies: one less of experts with many, one more of others with many rows per copy.
+
+    The most rows per copy need not set the peak: two experts with more copies in all than there are devices meet on
+    one. So one copy is moved, or one of each of several experts at a time.
+    """
+    rows_E = load_SE.sum(axis=0) / counts_E
+    givers = [e for e in np.argsort(-counts_E, kind="stable")[:_CANDIDATES] if counts_E[e] > 1]
+    takers = [e for e in np.argsort(-rows_E, kind="stable") if counts_E[e] < devices and e not in givers][:_CANDIDATES]
+    moves = [([g], [t]) for g in givers for t in takers]
+    if len(givers) == len(takers) > 1:
+        moves.append((givers, takers))
+    found = []
+    for less, more in moves:
+        counts = counts_E.copy()
+        counts[less] -= 1
+        counts[more] += 1
+        found.append(counts)
+    return found
 
 
 def equal_shares(held_EG: Held) -> Array:

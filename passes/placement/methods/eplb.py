@@ -20,7 +20,7 @@ def eplb(trace: RoutingTrace, topology: Topology, dims: ModelDims, budget: Budge
     homes, replicas = [], []
     for i, count in enumerate(dims.experts):
         slots_G = slots_with_spare(count, len(topology), i, budget)
-        held_EG = replicate(trace.layer(i), slots_G, topology.speeds)
+        held_EG = replicate(trace.layer(i), slots_G, topology.speeds, equal=True)
         homes.append(primaries(held_EG))
         replicas += as_replicas(i, homes[i], held_EG, equal_shares(held_EG))
     return Draft(homes, tuple(replicas))

@@ -30,7 +30,7 @@ Array = NDArray[np.float64]
 def lp_share(trace: RoutingTrace, topology: Topology, dims: ModelDims, budget: Budget) -> Draft:
     """Return one layout per range of noise levels; they differ in the shares only."""
     held = [
-        replicate(trace.layer(i), slots_with_spare(count, len(topology), i, budget), topology.speeds)
+        replicate(trace.layer(i), slots_with_spare(count, len(topology), i, budget), topology.speeds, equal=False)
         for i, count in enumerate(dims.experts)
     ]
     homes = [primaries(held_EG) for held_EG in held]
