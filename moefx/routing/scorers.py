@@ -193,7 +193,8 @@ class Router(KeepFloat32):
         if name in self.embed:
             value = sinusoidal(value.reshape(-1), self.embed[name], scale=self.timestep_scale)
         if name == "text":
-            value = value.to(at_least_float32(value)).mean(1)
+            # The mean of no words is zero, not NaN.
+            value = value.to(at_least_float32(value)).sum(1) / torch.sym_max(value.shape[1], 1)
         while value.ndim < ndim:
             value = value.unsqueeze(-2)
         return value
