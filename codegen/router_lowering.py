@@ -42,10 +42,8 @@ class RouterLowering:
     #: Where tokens, weight and the operands of the program are read: a node, and which of its inputs.
     reads: tuple[tuple[fx.Node, int], ...]
     index: fx.Node
-    #: What else leaves the kernel, in the order of the program's outputs.
-    outputs: tuple[fx.Node, ...]
-    #: The product itself, where others read it.
-    product: fx.Node | None = None
+    #: What else leaves the kernel, with its place among the results.
+    outputs: tuple[tuple[fx.Node, int], ...]
     #: What the kernel computes, in order.
     nodes: tuple[fx.Node, ...] = ()
     what: ClassVar[str] = "router"
@@ -76,16 +74,15 @@ class RouterLowering:
         from moefx.codegen.routing import register
 
         spec = dataclasses.replace(self.spec, keep=self.spec.keep or training)
-        targets = [self.index, *self.outputs, *([self.product] if self.product else [])]
-        places = [0, *range(1, 1 + len(self.outputs)), *([1 + len(self.outputs)] if self.product else [])]
         x, weight, *operands = self.inputs
         first = self.first_reader(graph)
         with graph.graph.inserting_before(first):
             call = graph.graph.call_function(
                 torch.ops.moefx.router.default, (x, weight, list(operands), register(spec))
             )
-            items = [graph.graph.call_function(operator.getitem, (call, place)) for place in places]
-        for node, item in zip(targets, items, strict=True):
+            pairs = [(self.index, 0), *self.outputs]
+            items = [graph.graph.call_function(operator.getitem, (call, place)) for _, place in pairs]
+        for (node, _), item in zip(pairs, items, strict=True):
             item.meta = dict(node.meta)
             node.replace_all_uses_with(item)
         for node in reversed((*self.nodes, self.index)):
@@ -96,7 +93,7 @@ class RouterLowering:
         """Return the first node that reads what leaves the kernel, once all inputs stand before it."""
         position = {node: i for i, node in enumerate(graph.graph.nodes)}
         inside = {*self.nodes, self.index}
-        made = [self.index, *self.outputs, *([self.product] if self.product else [])]
+        made = [self.index, *(node for node, _ in self.outputs)]
         first = min((u for n in made for u in n.users if u not in inside), key=position.__getitem__)
         for node in self.inputs:
             if position[node] > position[first]:
@@ -255,18 +252,20 @@ class _Router:
         """Return what was read, with the outputs that others read."""
         reader = self.reader
         inside = {*reader.needed(self.scores), *self.between, self.choice}
-        leaving = [n for n in inside if n in reader.env and any(u not in inside for u in n.users)]
+        leaving = [n for n in inside if n in reader.env and any(u not in inside and _is_data(u) for u in n.users)]
+        if not leaving and not index.users:
+            raise CannotLower("lower a router", found=f"nothing reads what {self.choice.name} chooses")
         leaving.sort(key=list(self.root.graph.nodes).index)
-        outputs = [n for n in leaving if reader.env[n] != "z0"]
-        kinds = [reader.kind(n) for n in outputs]
-        if any(kind not in ("slot", "wide") for kind in kinds):
-            raise CannotLower("lower a router", found=f"{outputs[0].name} leaves it with one value per token")
-        steps, (by, *values) = reader.b.finish_all(scores, *(reader.env[n] for n in outputs))
-        choice = Choice(by, k)
+        pairs = {n: (reader.kind(n), reader.env[n]) for n in leaving}
+        results = list(dict.fromkeys(pair for pair in pairs.values() if pair[1] != "z0"))
+        if any(kind not in ("slot", "wide") for kind, _ in results):
+            raise CannotLower("lower a router", found="one value per token leaves it")
+        steps, (by, *values) = reader.b.finish_all(scores, *(value for _, value in results))
+        outputs = tuple((kind, value) for (kind, _), value in zip(results, values, strict=True))
         experts = int(self.value(self.root).shape[-1])
-        pairs = tuple(zip(kinds, values, strict=True))
-        program = RowProgram(experts, steps, choice, tuple(reader.operands.values()), pairs)
-        product = [n for n in leaving if reader.env[n] == "z0"]
+        program = RowProgram(experts, steps, Choice(by, k), tuple(reader.operands.values()), outputs)
+        # The product itself is the last result.
+        places = tuple((n, 1 + (results.index(p) if p in results else len(results))) for n, p in pairs.items())
         x, leaf = self.tokens(), self.leaf(self.root)
         weight = self.root.args[1] if leaf is None else None
         made = self.value(self.root).dtype
@@ -276,15 +275,14 @@ class _Router:
             _dtype(self.value(x)),
             _dtype(self.value(weight) if leaf is None else leaf.weight),
             None if made == torch.float32 else _dtype(self.value(self.root)),
-            keep=bool(product),
+            keep=len(set(pairs.values())) > len(results),
         )
         return RouterLowering(
             self.name,
             spec,
             self.reads(x, weight, inside),
             index,
-            tuple(outputs),
-            reader.first_of(product) if product else None,
+            places,
             tuple(sorted(inside - {index}, key=list(self.root.graph.nodes).index)),
         )
 
@@ -314,6 +312,12 @@ class _Router:
             if given.dtype in (torch.bfloat16, torch.float16, torch.float32) and cast.dtype == torch.float32:
                 return source
         return node
+
+
+def _is_data(node: fx.Node) -> bool:
+    """Whether a node computes with what it reads; a size or a device says nothing of it."""
+    made = node.meta.get("val", node.meta.get("example_value"))
+    return isinstance(made, torch.Tensor | list | tuple) or node.op == "output"
 
 
 def _dtype(tensor: torch.Tensor) -> str:

@@ -7,7 +7,7 @@ operand if it has their shape, or one row per sample, one row, or one number.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,13 +60,6 @@ class RowReader:
     def take_choice(self, index: fx.Node, k: int) -> None:
         """Let values be picked by ``index``."""
         self.index, self.slots = index, k
-
-    def first_of(self, nodes: Iterable[fx.Node]) -> fx.Node:
-        """Return the only one of some nodes; more than one cannot be told apart by a replacement."""
-        found = list(nodes)
-        if len(found) != 1:
-            raise CannotLower("lower a router", found=f"its product is read under {len(found)} names")
-        return found[0]
 
     def read(self, node: fx.Node) -> Arg:
         """Return the value of a node, reading what it is made of first."""

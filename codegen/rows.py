@@ -48,22 +48,15 @@ TABLE: dict[str, PointOp] = OPS | ROW_OPS
 
 @dataclass(frozen=True)
 class Choice:
-    """The top ``k`` of a row by ``scores``, ties to the lowest expert; within ``keep`` of ``groups`` if those are set.
-
-    A group scores the sum of its ``best`` highest scores.
-    """
+    """The top ``k`` of a row by ``scores``, ties to the lowest expert."""
 
     scores: Arg
     k: int
-    groups: int = 1
-    keep: int = 1
-    best: int = 1
 
     @property
     def text(self) -> str:
         """The choice in one line."""
-        limit = f" within {self.keep} of {self.groups} groups by their best {self.best}" if self.groups > 1 else ""
-        return f"choose {self.k} by {spell(self.scores)}{limit}"
+        return f"choose {self.k} by {spell(self.scores)}"
 
 
 @dataclass(frozen=True)
@@ -108,7 +101,8 @@ class RowProgram:
         first, rest = self.before_choice()
         evaluate(first, values, nothing)
         if experts is None:
-            experts = top_k(broadcast(values, self.choice.scores, nothing), self.choice)
+            scores = broadcast(values, self.choice.scores, nothing)
+            experts = scores.sort(dim=-1, descending=True, stable=True).indices[..., : self.choice.k]
         chosen = nothing.scatter(1, experts, True)
         evaluate(rest, values, chosen)
         outputs = [broadcast(values, value, nothing) for _, value in self.outputs]
@@ -128,17 +122,6 @@ def broadcast(values: Mapping[str, Any], value: Arg, like: Tensor) -> Tensor:
     """Return a value as ``[T, E]``."""
     found = values[value] if isinstance(value, str) else value
     return torch.as_tensor(found, dtype=torch.float64).expand_as(like)
-
-
-def top_k(scores_TE: Tensor, choice: Choice) -> Tensor:
-    """Return what a choice chooses, by stable sorting."""
-    if choice.groups > 1:
-        scores_TGN = scores_TE.view(*scores_TE.shape[:-1], choice.groups, -1)
-        best = scores_TGN.sort(dim=-1, descending=True).values[..., : choice.best].sum(-1)
-        kept = best.sort(dim=-1, descending=True, stable=True).indices[..., : choice.keep]
-        mask = torch.ones_like(best, dtype=torch.bool).scatter(-1, kept, False)
-        scores_TE = scores_TGN.masked_fill(mask.unsqueeze(-1), float("-inf")).flatten(-2)
-    return scores_TE.sort(dim=-1, descending=True, stable=True).indices[..., : choice.k]
 
 
 def kinds_of(steps: Iterable[Step], inputs: Mapping[str, str]) -> dict[str, str]:

@@ -59,3 +59,4 @@ def test_outputs_and_gradients_equal_eager_without_graph_breaks(name: str, caplo
         torch.testing.assert_close(one, other, atol=2e-5 * max(1.0, scale), rtol=1e-3)
     replaced = re.findall(r"replaced (\d+) of (\d+) routed regions by kernels, forward and backward", caplog.text)
     assert replaced == [(str(routed), str(routed))]
+    assert f"{routed} of {routed} routers, {routed} of {routed} groupings" in caplog.text

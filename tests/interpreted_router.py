@@ -1,4 +1,4 @@
-"""Router and grouping kernels against float64 and stable sorting; run by ``test_codegen_router.py``.
+"""Router and grouping kernels against float64 and stable sorting; run by ``test_codegen_kernels.py``.
 
 What equality of a choice means: on the logits that the kernel itself computed, ranking is comparison alone, so the
 chosen experts are those of a stable sort to the last index. Where scores are computed first (softmax, then a bias), two
@@ -19,7 +19,7 @@ from moefx import ops
 from moefx.codegen import lowerings, replace, routing, runtime
 from moefx.codegen.router_lowering import RouterLowering
 from moefx.routing.normalise import normalise, selection_scores
-from moefx.routing.select import group_limited_top_k, top_k
+from moefx.routing.select import top_k
 from tests.interpreted_kernels import _poisoned_memory, experts_of  # noqa: F401
 from tests.router_support import traced
 
@@ -139,25 +139,6 @@ def test_choices_of_small_integers(tokens: int, experts: int, data: st.DataObjec
     k = data.draw(st.integers(1, min(8, experts)))
     logits = torch.randint(-2, 3, (tokens, experts), generator=torch.Generator().manual_seed(tokens)).float()
     assert torch.equal(choose(logits, k), top_k(logits, k))
-
-
-@pytest.mark.parametrize(
-    ("experts", "k", "groups", "keep", "best"), [(12, 4, 4, 2, 2), (15, 3, 5, 2, 1), (8, 2, 2, 1, 2)]
-)
-def test_groups_limit_the_choice(experts: int, k: int, groups: int, keep: int, best: int) -> None:
-    x, weight = draw((2, 17), 24, experts, torch.float32)
-    bias = torch.randn(experts) * 0.1
-
-    def run(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        logits = torch.nn.functional.linear(x, weight)
-        scores = logits.sigmoid() + bias
-        chosen = group_limited_top_k(scores, k, groups=groups, keep=keep, best=best)
-        ops.group(chosen.reshape(-1, k), experts)
-        return chosen, normalise(logits, chosen, "sigmoid_topk_renorm")
-
-    got, want = lowered(run, x, weight, bias)(x, weight, bias), run(x.double(), weight.double(), bias.double())
-    assert torch.equal(got[0], want[0])
-    torch.testing.assert_close(got[1].double(), want[1], atol=1e-5, rtol=1e-5)
 
 
 def test_no_tokens() -> None:

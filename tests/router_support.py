@@ -5,11 +5,34 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from moefx import ops
+from moefx.codegen import lowerings
+from moefx.codegen.kernels.router import RouterSpec
+from moefx.codegen.router_lowering import RouterLowering
+from moefx.routing.select import top_k
+
+
+def renormalised(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose by softmax and a bias, and renormalise: DeepSeek-V3's scheme with softmax."""
+    logits = F.linear(x.to(torch.float32), weight)
+    experts = top_k(logits.detach().softmax(-1) + bias, min(8, weight.shape[0]))
+    gates = logits.gather(-1, experts).softmax(-1)
+    ops.group(experts.reshape(-1, experts.shape[-1]), weight.shape[0])
+    return experts, gates
 
 
 def traced(function: Callable[..., object], *inputs: Tensor | None) -> fx.GraphModule:
     """Return the ATen graph of a function, with values recorded, and with no constants instead of missing inputs."""
     with torch.no_grad():
         return make_fx(function, pre_dispatch=True)(*inputs)
+
+
+def standard_router(experts: int, dtype: torch.dtype) -> RouterSpec:
+    """Return the kernel of `renormalised` over tokens of DiT-XL/2's width."""
+    tokens = torch.zeros(3, 5, 1152, dtype=dtype)
+    graph = traced(renormalised, tokens, torch.zeros(experts, 1152), torch.zeros(experts))
+    return next(item.spec for item in lowerings(graph) if isinstance(item, RouterLowering))

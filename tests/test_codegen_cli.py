@@ -27,14 +27,14 @@ def test_a_model_becomes_a_folder_of_kernels(tmp_path: Path) -> None:
     table = json.loads(result.stdout)
     assert table == json.loads((out / "resources.json").read_text())
     kernels = {row["kernel"]: row for row in table["kernels"]}
-    assert len(kernels) == 4
+    assert len(kernels) == 6
     up = next(row for name, row in kernels.items() if name.startswith("gather_grouped_linear_32x128_bfloat16"))
     assert up["matrix"].get("HGMMA", 0) > 0
     assert (up["spill_bytes"], up["problems"]) == (0, [])
     for name in kernels:
         ast.parse((out / "sm_90" / f"{name}.py").read_text())
         assert (out / "sm_90" / f"{name}.kernel.cubin").stat().st_size > 1000
-    assert "wrote 10 files" in result.stderr
+    assert "wrote 15 files" in result.stderr
 
 
 @needs_triton
@@ -93,7 +93,7 @@ def in_float64() -> object:
 def test_the_kernels_stage_is_python() -> None:
     text = run("dump", DIT, "--stage", "kernels", "--target", "sm_100").stdout
     tree = ast.parse(text)
-    assert sum(isinstance(node, ast.FunctionDef) and node.name == "launch" for node in tree.body) == 4
+    assert sum(isinstance(node, ast.FunctionDef) and node.name == "launch" for node in tree.body) == 6
 
 
 def fake_compiler(faults: dict[str, str]) -> object:
@@ -125,6 +125,16 @@ def test_faulty_configurations_are_pruned(monkeypatch: pytest.MonkeyPatch) -> No
         assert second.schedule not in (None, first.schedule)
         assert not second.problems
         assert len(second.pruned) == 1
+
+
+def test_a_spilling_gradient_takes_other_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle.aot, "compile_module", fake_compiler({"128x128x64": "spills"}))
+    built = bundle.build([(RegionSpec((up_projection(),)), 8192, 8)], [target("sm_80")], training=True)
+    (found,) = (one for one in built if one.name.startswith("weight_grad"))
+    assert found.schedule is not None
+    assert found.schedule.block_n < 128
+    assert not found.problems
+    assert len(found.pruned) == 1
 
 
 def test_if_every_configuration_is_faulty_that_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,15 +9,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from moefx.codegen import CombineSpec, LinearSpec, emit, emit_tile_map, target, trace_pointwise
+from moefx.codegen.kernels.grouping import GroupingSpec
+from moefx.codegen.kernels.router import RouterGradSpec
 from tests.codegen_support import best, down_projection, swiglu, two_weights, up_projection
+from tests.router_support import standard_router
 
 
 def sources() -> dict[str, str]:
     """Return the standard kernels, by the name of their golden file."""
     up, down, pair = up_projection(), down_projection(), two_weights()
     sm_80, sm_90, sm_100 = target("sm_80"), target("sm_90"), target("sm_100")
+    router = standard_router(8, torch.bfloat16)
+    grad = RouterGradSpec(router.program, (0,))
     gated = LinearSpec(1000, 300, "float16", False, True, 1, trace_pointwise(swiglu, 600))
     return {
         "kernel_up_gelu_sm_90.py": emit(up, best(up, sm_90, 1024, variant="pointer")),
@@ -28,6 +34,9 @@ def sources() -> dict[str, str]:
         "kernel_gated_ragged_sm_80.py": emit(gated, best(gated, sm_80, 64, variant="pointer")),
         "kernel_combine.py": emit(CombineSpec(1152, 2, "bfloat16")),
         "kernel_tile_map.py": emit_tile_map(),
+        "kernel_grouping.py": emit(GroupingSpec(), GroupingSpec().schedule(sm_90, 1024, 128)),
+        "kernel_router_sm_90.py": emit(router, router.schedule(sm_90, 1024, 128)),
+        "kernel_router_grad.py": emit(grad, grad.schedule(sm_90, 1024, 128)),
     }
 
 

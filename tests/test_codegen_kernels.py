@@ -44,7 +44,7 @@ def interpret(script: str, cache: Path, *more: str) -> None:
     [
         ("interpreted_kernels.py", "interpreted_attention.py", "interpreted_tma.py"),
         ("interpreted_backend.py", "interpreted_models.py"),
-        ("interpreted_backward.py", "interpreted_fuzz.py"),
+        ("interpreted_backward.py", "interpreted_fuzz.py", "interpreted_router.py"),
     ],
     ids=["forward", "backend", "backward"],
 )

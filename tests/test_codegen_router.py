@@ -16,29 +16,12 @@ from moefx import ops
 from moefx.codegen import Refusal, lowerings, replace, routing, store, target
 from moefx.codegen.aot import MATRIX_INSTRUCTIONS, Compiled, Job, compile_all, job
 from moefx.codegen.kernels.grouping import GroupingSpec
-from moefx.codegen.kernels.router import RouterGradSpec, RouterSpec
+from moefx.codegen.kernels.router import RouterGradSpec
 from moefx.codegen.router_lowering import RouterLowering
 from moefx.codegen.spec import Kernel
 from moefx.routing.select import top_k
 from tests.codegen_support import DEVICES, needs_triton
-from tests.router_support import traced
-from tests.test_codegen_kernels import interpret, why_no_interpreter
-
-
-@pytest.mark.skipif(why_no_interpreter() is not None, reason=str(why_no_interpreter()))
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_in_the_interpreter(tmp_path: Path) -> None:
-    interpret("interpreted_router.py", tmp_path)
-
-
-def renormalised(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Choose by softmax and a bias, and renormalise: DeepSeek-V3's scheme with softmax."""
-    logits = F.linear(x.to(torch.float32), weight)
-    experts = top_k(logits.detach().softmax(-1) + bias, min(8, weight.shape[0]))
-    gates = logits.gather(-1, experts).softmax(-1)
-    ops.group(experts.reshape(-1, experts.shape[-1]), weight.shape[0])
-    return experts, gates
+from tests.router_support import renormalised, standard_router, traced
 
 
 def router(function: Any, *inputs: Tensor) -> RouterLowering | Refusal:
@@ -49,14 +32,8 @@ def router(function: Any, *inputs: Tensor) -> RouterLowering | Refusal:
     return only
 
 
-def standard(experts: int, dtype: torch.dtype) -> RouterSpec:
-    found = router(renormalised, torch.zeros(3, 5, 1152, dtype=dtype), torch.zeros(experts, 1152), torch.zeros(experts))
-    assert isinstance(found, RouterLowering)
-    return found.spec
-
-
 def test_steps_are_read_from_the_graph() -> None:
-    spec = standard(8, torch.bfloat16)
+    spec = standard_router(8, torch.bfloat16)
     assert (spec.dtype, spec.weight_dtype, spec.width, spec.keep) == ("bfloat16", "float32", 1152, False)
     text = spec.program.text()
     assert "z1: column" in text
@@ -88,7 +65,7 @@ def kernels(experts: int) -> list[tuple[Kernel, Any]]:
     """Return routers of both dtypes and their gradient, and grouping, with what their ``launch`` takes."""
     found: list[tuple[Kernel, Any]] = []
     for dtype in (torch.bfloat16, torch.float32):
-        spec = standard(experts, dtype)
+        spec = standard_router(experts, dtype)
         found += [(spec, None), (RouterGradSpec(spec.program, (0,)), None)]
     groups, flat = 1 << experts.bit_length(), ["i64", [4098]]
     counts, tiles = ["i32", [33, groups]], ["i32", [3, 39]]

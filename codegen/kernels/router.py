@@ -94,10 +94,6 @@ class RouterSpec(Kernel):
             first=statements(first),
             rest=statements(rest),
             scores=_shaped(choice.scores),
-            groups=choice.groups,
-            keep_groups=choice.keep,
-            best=choice.best,
-            block_g=power_of_two(choice.groups),
             outputs=[(kind, _shaped(value)) for kind, value in program.outputs],
             has_rows=self.keep or any(kind == "wide" for kind, _ in program.outputs),
             results=[*(f"out{i}" for i in numbers), *(["kept"] if self.keep else [])],
@@ -149,7 +145,7 @@ class RouterGradSpec(Kernel):
             meaning="d0 = gradient of x @ weight.T, and of the operands, for those of the outputs",
             facts=f"E = {program.experts}; {schedule.block_m} tokens per program.",
             helpers=[_templates.HELPERS[name] for name in helpers(derivative.steps)],
-            **_common(program, schedule),
+            **_common(program, schedule, {str(a) for step in derivative.steps for a in step.args}),
             seeds=[(i, program.outputs[i][0]) for i in self.seeds],
             seed_names=[f"g{i}" for i in self.seeds],
             wanted=self.wanted,
@@ -173,8 +169,11 @@ def _rows(experts: int) -> tuple[int, int]:
     return (32, 4) if block_e <= 64 else (16, 4 if block_e <= 128 else 8)
 
 
-def _common(program: RowProgram, schedule: Schedule) -> dict[str, Any]:
-    """Return what both templates read."""
+def _common(program: RowProgram, schedule: Schedule, used: set[str] | None = None) -> dict[str, Any]:
+    """Return what both templates read; of the operands, those in ``used`` are loaded."""
+    loads = [
+        _load(i, kind, program.experts) for i, kind in enumerate(program.operands, 1) if used is None or f"z{i}" in used
+    ]
     return {
         "operands": program.operands,
         "names": [f"z{i + 1}" for i in range(len(program.operands))],
@@ -184,7 +183,7 @@ def _common(program: RowProgram, schedule: Schedule) -> dict[str, Any]:
         "block_m": schedule.block_m,
         "block_e": power_of_two(program.experts),
         "num_warps": schedule.num_warps,
-        "loads": "\n".join(_load(i + 1, kind, program.experts) for i, kind in enumerate(program.operands)),
+        "loads": loads,
     }
 
 
@@ -192,9 +191,9 @@ def _load(i: int, kind: str, experts: int) -> str:
     """Return the statement that reads an operand as a whole tile."""
     rows = {"row": "source", "sample": "(source // sample_tokens)"}
     if kind in rows:
-        return f"    z{i} = tl.load(z{i}_ptr + {rows[kind]}[:, None] * {experts} + column[None, :]).to(tl.float32)"
+        return f"z{i} = tl.load(z{i}_ptr + {rows[kind]}[:, None] * {experts} + column[None, :]).to(tl.float32)"
     value = f"tl.load(z{i}_ptr)" if kind == "scalar" else f"tl.load(z{i}_ptr + column)[None, :]"
-    return f"    z{i} = {value}.to(tl.float32) + tl.zeros_like(z0)"
+    return f"z{i} = {value}.to(tl.float32) + tl.zeros_like(z0)"
 
 
 def _shaped(value: Arg) -> str:

@@ -55,7 +55,7 @@ def kernel(
 {% if parts %}
         if UPCAST:
             x_tile = x_tile.to(tl.float32)
-        for p in tl.static_range(3):  # a float32 is the sum of three bfloat16, so the products are exact
+        for _p in tl.static_range(3):  # a float32 is the sum of three bfloat16, so the products are exact
             part = w_tile.to(tl.bfloat16)
             w_tile -= part.to(tl.float32)
             if UPCAST:
@@ -74,7 +74,9 @@ def kernel(
 {% if rounded %}
     z0 = z0.to({{ rounded }}).to(tl.float32)  # as the product that this stands for
 {% endif %}
-{{ loads }}
+{% for load in loads %}
+    {{ load }}
+{% endfor %}
 {% if first %}
 
     # Scores.
@@ -85,27 +87,6 @@ def kernel(
 
     # The best {{ k }}, one after another; the lowest expert among equals.
     key = tl.where(known, _order({{ scores }}), -2147483648)
-{% if groups > 1 %}
-    group = expert[None, :] // {{ experts // groups }}
-    each = tl.arange(0, {{ block_g }})[None, :]
-    total = tl.zeros(({{ block_m }}, {{ block_g }}), tl.float32)
-    for g in range({{ groups }}):
-        member = known & (group == g)
-        for b in tl.static_range({{ best }}):
-            top = tl.max(tl.where(member, {{ scores }}, float("-inf")), 1)[:, None]
-            at = tl.min(tl.where(member & ({{ scores }} == top), expert[None, :], {{ block_e }}), 1)[:, None]
-            member = member & (expert[None, :] != at)
-            total = tl.where(each == g, total + top, total)
-    allowed = tl.zeros(({{ block_m }}, {{ block_e }}), tl.int1)
-    total_key = tl.where(each < {{ groups }}, _order(total), -2147483648)
-    for r in range({{ keep_groups }}):
-        top = tl.max(total_key, 1)[:, None]
-        at = tl.min(tl.where(total_key == top, each, {{ block_g }}), 1)[:, None]
-        total_key = tl.where(each == at, -2147483648, total_key)
-        allowed = allowed | (group == at)
-    # Others count as minus infinity.
-    key = tl.where(known & (allowed == 0), -2139095041, key)
-{% endif %}
     chosen = tl.zeros(({{ block_m }}, {{ block_e }}), tl.int1)
     rank = tl.zeros(({{ block_m }}, {{ block_e }}), tl.int32)
     for slot in range({{ k }}):
@@ -186,7 +167,9 @@ def kernel(
     exists = (token < tokens)[:, None]
     known = (expert < {{ experts }})[None, :]
     z0 = tl.load(kept_ptr + source[:, None] * {{ experts }} + column[None, :])
-{{ loads }}
+{% for load in loads %}
+    {{ load }}
+{% endfor %}
     chosen = tl.zeros(({{ block_m }}, {{ block_e }}), tl.int1)
     rank = tl.zeros(({{ block_m }}, {{ block_e }}), tl.int32)
     for slot in range({{ k }}):

@@ -38,6 +38,7 @@ def kernel(
 
 
 def launch(rows, order, position, weights, out):
-    """Write ``out`` [T, D]; ``position`` int64 [T * k] is scratch."""
-    invert[(triton.cdiv(order.shape[0], 1024),)](order, position, order.shape[0], BLOCK=1024)
+    """Write ``out`` [T, D]; ``position`` int64 [T * k] is scratch, or given where ``order`` is None."""
+    if order is not None:
+        invert[(triton.cdiv(order.shape[0], 1024),)](order, position, order.shape[0], BLOCK=1024)
     kernel[(out.shape[0], 2)](rows, position, weights, out, num_warps=4)
