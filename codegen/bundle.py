@@ -126,7 +126,7 @@ class _Task:
         elif isinstance(spec, CombineSpec):
             found = [None]
         else:
-            found = [spec.schedule(self.target, self.load, self.block_m)]
+            found = spec.candidates(self.target, self.load, self.block_m)
         return [(schedule, aot.job(spec, schedule, self.target)) for schedule in found]
 
     def build(self) -> Built:

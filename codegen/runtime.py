@@ -221,8 +221,8 @@ class LoadedRegion:
             x = projection(x, given.weights[i], given.biases[i], gathered, tiles, out, kept)
             saved += [x if kept is None else kept] if saves else []
         if self.combine is not None and order is not None:
-            spec = self.combine.spec
-            kept = x.new_empty((order.shape[0] // spec.top_k, spec.features)) if spec.keep else None
+            ends = self.combine.spec
+            kept = x.new_empty((order.shape[0] // ends.top_k, ends.features)) if ends.keep else None
             x = self.combine(x, order, given.gates, given.tail, given.position, kept)
             saved += [] if kept is None else [kept]
         return x, saved

@@ -156,6 +156,10 @@ class Kernel(ABC):
     def schedule(self, target: Target, load: int, block_m: int) -> Schedule:
         """Return the tiles for a target and a load; ``block_m`` is that of the tile map, where one is read."""
 
+    def candidates(self, target: Target, load: int, block_m: int) -> tuple[Schedule, ...]:
+        """Return the tiles to choose from, those of :meth:`schedule` first; a faulty one is passed over."""
+        return (self.schedule(target, load, block_m),)
+
     @abstractmethod
     def emit(self, schedule: Schedule) -> str:
         """Return the source of the kernel's module."""

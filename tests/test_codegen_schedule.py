@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moefx.codegen import TARGETS, LinearSpec, Schedule, Target, choose, cost, emit, table, target, trace_pointwise
+from moefx.codegen.kernels import InputGradSpec, WeightGradSpec
 from moefx.codegen.schedule import configurations, load_class, ranked, row_tile, short_list
 from moefx.codegen.spec import ITEM_BYTES
 from tests.codegen_support import DEVICES, down_projection, gated_projection, swiglu, up_projection
@@ -154,3 +155,19 @@ def test_numbers_of_experts_count_by_powers_of_two() -> None:
     spec, sm_90 = up_projection(), target("sm_90")
     assert table.key(spec, sm_90, 64, 5, 64) == table.key(spec, sm_90, 64, 8, 64)
     assert table.key(spec, sm_90, 64, 9, 64) != table.key(spec, sm_90, 64, 8, 64)
+
+
+@pytest.mark.parametrize("name", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("load", [16, 64, 256, 1024, 4096])
+def test_tiles_of_gradients_are_ranked_by_the_model(name: str, load: int) -> None:
+    device, block_m = target(name), row_tile(load)
+    spec = InputGradSpec(1152, 4608, "bfloat16")
+    like = LinearSpec(4608, 1152, "bfloat16")
+    found = spec.candidates(device, load, block_m)
+    prices = [cost.estimate(like, one, device, load, 8).seconds for one in found]
+    assert prices == sorted(prices)
+    assert len({one.block_n for one in found}) == 3
+    assert found[0] == spec.schedule(device, load, block_m)
+    assert all(one.block_m == block_m for one in found), "kernels of a region share a tile map"
+    if load >= 1024:
+        assert found[0].block_n == WeightGradSpec(4608, 1152, "bfloat16").schedule(device, load, block_m).block_n == 128

@@ -9,7 +9,7 @@ Shapes in the emitted code: B samples, N queries, M keys, H heads, D head width,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moefx.codegen.emit import render
@@ -70,6 +70,13 @@ class HeadAttentionSpec(Kernel):
         if single or self.stage == "queries":
             return Schedule(min(block_m, 64), 32, 16, 8 if wide else 4, 1, 1)
         return Schedule(min(block_m, 64) if small else block_m, 64, 16, 8, 2, 1)
+
+    def candidates(self, target: Target, load: int, block_m: int) -> tuple[Schedule, ...]:
+        """Return the preferred tiles, then smaller ones: half the rows, and half the keys as well."""
+        first = self.schedule(target, load, block_m)
+        rows = max(16, first.block_m // 2)
+        smaller = (replace(first, block_m=rows), replace(first, block_m=rows, block_n=max(16, first.block_n // 2)))
+        return tuple(dict.fromkeys((first, *(() if target.is_interpreter else smaller))))
 
     @property
     def is_padded(self) -> bool:

@@ -12,10 +12,10 @@ from typing import Any
 from moefx.codegen import _templates
 from moefx.codegen.derivative import differentiate
 from moefx.codegen.emit import render
-from moefx.codegen.kernels.tiles import gemm_tiles
+from moefx.codegen.kernels.tiles import ranked_tiles
 from moefx.codegen.pointwise import Pointwise
 from moefx.codegen.schedule import Schedule
-from moefx.codegen.spec import TRITON_TYPES, Kernel, digest, require_dtype
+from moefx.codegen.spec import TRITON_TYPES, Kernel, LinearSpec, digest, require_dtype
 from moefx.codegen.targets import Target
 
 
@@ -76,8 +76,13 @@ class InputGradSpec(Kernel):
         return ["grad", *self.weight_names, *bias, *routing, *kept, "tile_map", "out", *value, *partial]
 
     def schedule(self, target: Target, load: int, block_m: int) -> Schedule:
-        """Return the tiles."""
-        return gemm_tiles(target, self.dtype, self.reduced, self.columns, block_m, 128)
+        """Return the cheapest tiles by the cost model."""
+        return self.candidates(target, load, block_m)[0]
+
+    def candidates(self, target: Target, load: int, block_m: int) -> tuple[Schedule, ...]:
+        """Return tiles of several widths, priced as the product of all gradients with the transposed weights."""
+        like = LinearSpec(self.reduced * self.weights, self.columns, self.dtype, precision=self.precision)
+        return ranked_tiles(target, like, load, block_m, 128)
 
     def column_tiles(self, schedule: Schedule) -> int:
         """Return how many partial sums of a weight's gradient there are."""

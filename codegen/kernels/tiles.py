@@ -1,15 +1,36 @@
-"""Tiles of the kernels that are no forward projection: one rule each, checked by compilation, not searched."""
+"""Tiles of the kernels that are no forward projection: a few each, ranked by the cost model, checked by compilation."""
 
 from __future__ import annotations
 
+from moefx.codegen.cost import estimate
 from moefx.codegen.schedule import Schedule
-from moefx.codegen.spec import ITEM_BYTES
+from moefx.codegen.spec import ITEM_BYTES, LinearSpec
 from moefx.codegen.targets import Target
+
+_WIDTHS = (128, 64, 32)
+#: Experts that tiles are priced for; a kernel outside of the forward pass does not know how many there are.
+EXPERTS = 8
 
 
 def power_of_two(value: int, least: int = 16) -> int:
     """Return the next power of two, at least ``least``."""
     return max(least, 1 << max(0, value - 1).bit_length())
+
+
+def ranked_tiles(
+    target: Target, like: LinearSpec, load: int, block_m: int, widest: int, groups: int = EXPERTS
+) -> tuple[Schedule, ...]:
+    """Return the tiles of a kernel that multiplies as the projection ``like`` does, the cheapest by the model first.
+
+    ``load`` is the number of rows of each of the ``groups``; ties go to the wider tile.
+    """
+    widths = [width for width in _WIDTHS if width <= widest] if not target.is_interpreter else [widest]
+    made = [gemm_tiles(target, like.dtype, like.in_features, like.out_features, block_m, width) for width in widths]
+
+    def price(schedule: Schedule) -> tuple[float, int]:
+        return estimate(like, schedule, target, load, groups).seconds, -schedule.block_n
+
+    return tuple(sorted(dict.fromkeys(made), key=price))
 
 
 def gemm_tiles(target: Target, dtype: str, reduced: int, columns: int, block_m: int, widest: int) -> Schedule:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from moefx.codegen.emit import render
-from moefx.codegen.kernels.tiles import gemm_tiles
+from moefx.codegen.kernels.tiles import ranked_tiles
 from moefx.codegen.schedule import Schedule
-from moefx.codegen.spec import TRITON_TYPES, Kernel, digest, require_dtype
+from moefx.codegen.spec import TRITON_TYPES, Kernel, LinearSpec, digest, require_dtype
 from moefx.codegen.targets import Target
 
 
@@ -57,11 +57,19 @@ class WeightGradSpec(Kernel):
         return self.combined and self.bias
 
     def schedule(self, target: Target, load: int, block_m: int) -> Schedule:
-        """Return the tiles: N and K are tiled, an expert's rows are walked over, few at a time where there are few."""
+        """Return the cheapest tiles by the cost model."""
+        return self.candidates(target, load, block_m)[0]
+
+    def candidates(self, target: Target, load: int, block_m: int) -> tuple[Schedule, ...]:
+        """Return tiles of several widths: N and K are tiled, an expert's rows are walked over, few where there are few.
+
+        Priced as a product in which the N rows of the result are the load and the expert's rows are summed over.
+        """
         height = min(128, 1 << max(4, self.rows.bit_length() - 1))
         if target.is_interpreter:
             height = min(64, height)
-        return gemm_tiles(target, self.dtype, min(64, max(16, load)), self.columns, height, 128)
+        like = LinearSpec(max(16, load), self.columns, self.dtype, precision=self.precision)
+        return ranked_tiles(target, like, self.rows, height, 128)
 
     def emit(self, schedule: Schedule) -> str:
         """Return the source of the kernel's module."""
