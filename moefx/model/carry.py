@@ -66,9 +66,7 @@ class Carrying:
 
     def needed(self, planned: Sequence[SitePlan]) -> tuple[CarriedPlan, ...]:
         """Keep what the sites that were planned in the end ask for, and return it."""
-        asked = {(name, s.block or "") for s in planned for name in (s.state, *(tap.node for tap in s.taps))}
-        kept = [(v, tuple(b for b in v.blocks if (v.name, b) in asked)) for v in self.values]
-        self.values = [v.model_copy(update={"blocks": blocks}) for v, blocks in kept if blocks]
+        self.values = list(asked_for(self.values, planned))
         return tuple(self.values)
 
     @property
@@ -229,6 +227,13 @@ def _cannot(rule: Pass, found: str) -> PlanError:
         found=found,
         do="route without memory (state='none'), or leave those layers out with skip=",
     )
+
+
+def asked_for(values: Sequence[CarriedPlan], sites: Sequence[SitePlan]) -> tuple[CarriedPlan, ...]:
+    """Return the values that these sites read, for their blocks alone: a plan may have lost sites since."""
+    asked = {(name, s.block or "") for s in sites for name in (s.state, *(tap.node for tap in s.taps))}
+    kept = [(v, tuple(b for b in v.blocks if (v.name, b) in asked)) for v in values]
+    return tuple(v.model_copy(update={"blocks": blocks}) for v, blocks in kept if blocks)
 
 
 def described(values: Sequence[CarriedPlan], path: str) -> Mapping[str, JSON]:

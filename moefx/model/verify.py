@@ -17,7 +17,7 @@ from moefx.graph import Graph
 from moefx.graph.outputs import take_apart
 from moefx.graph.patches import Snapshot
 from moefx.graph.trace import where
-from moefx.model.carry import described, inside
+from moefx.model.carry import asked_for, described, inside
 from moefx.model.install import Change, changed_tree
 from moefx.model.local import JSON, example_call
 from moefx.model.plan import Plan
@@ -68,7 +68,7 @@ def _check_block(
 ) -> SiteCheck:
     contracts = [made.rule.contract() for made in sites]
     module = model.get_submodule(change.path)
-    taken = described(plan.carried, change.path)
+    taken = described(asked_for(plan.carried, plan.sites), change.path)
     args, kwargs = random_call(module, inputs | {"kwargs": {**inputs["kwargs"], **taken}}, seed)
     before = run(module, args, {name: value for name, value in kwargs.items() if name not in taken})
     after = run(changed_tree(model, change.path, changes), args, kwargs)

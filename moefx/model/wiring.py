@@ -13,7 +13,7 @@ from torch.fx import Node
 from moefx.errors import PlanError
 from moefx.graph import Graph
 from moefx.graph.splice import Splice
-from moefx.model.carry import inside, passes
+from moefx.model.carry import asked_for, inside, passes
 from moefx.model.forward import received
 from moefx.model.local import JSON, decode, device_of
 from moefx.model.plan import Plan
@@ -30,8 +30,9 @@ class Wiring:
     """
 
     def __init__(self, plan: Plan) -> None:
-        self.carried = plan.carried
-        self.inputs: dict[str, JSON] = {carrier.path: carrier.inputs for carrier in plan.carriers}
+        self.carried = asked_for(plan.carried, plan.sites)
+        on_the_way = [c for c in plan.carriers if any(v.source == c.path or passes(v, c.path) for v in self.carried)]
+        self.inputs: dict[str, JSON] = {carrier.path: carrier.inputs for carrier in on_the_way}
         self.common: defaultdict[str, dict[str, Any]] = defaultdict(dict)
 
     def enter(self, graph: Graph, path: str) -> dict[str, Node | None]:

@@ -30,7 +30,8 @@ RECIPE = register_recipe(
         ),
         notes="The state passes through the blocks to the next layer of the same tokens, and begins at zero in every "
         "call of the model, so that nothing is remembered from one sampling step to the next. All layers of a stream "
-        "share one cell; models of two streams have one for each. Sizes are ours, and so are the starts of W_1 and W_2 "
+        "share one cell; models of two streams have one for each; under FSDP2 "
+        "wrap the cells before the blocks that share them. Sizes are ours, and so are the starts of W_1 and W_2 "
         "(normal, deviations D^-1/2 and 0.02).",
     )
 )
