@@ -264,3 +264,23 @@ def test_export(name: str) -> None:
     program = torch.export.export(model, (), inputs, strict=False)
     assert any("moefx.grouped_linear" in str(node.target) for node in program.graph.nodes)
     assert torch.equal(program.module()(**inputs)[0], output_of(model))
+
+
+def test_lora_on_the_shared_expert_alone() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = moefx.transform(dense_model(DIT), recipe="dit-moe", experts=3)
+    inputs = inputs_of(model)
+    wanted = output_of(model, inputs)
+    targets = [key for key, _ in model.named_parameters() if key.endswith(("shared.w_in", "shared.w_out"))]
+    adapted = get_peft_model(
+        model, LoraConfig(r=2, lora_alpha=2, target_modules=[], target_parameters=targets, init_lora_weights=False)
+    )
+    changed = output_of(adapted, inputs)
+    assert not torch.allclose(changed, wanted)
+    changed.square().mean().backward()
+    found = gradients(adapted)
+    assert len(found) == 2 * len(targets) > 0
+    assert all("shared" in key and "lora_" in key for key in found)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(output_of(merged, inputs), changed, rtol=1e-4, atol=1e-5)
