@@ -344,16 +344,17 @@ def _cut(node: fx.Node, between: list[fx.Node]) -> tuple[fx.Node, int]:
 
 def _first(node: fx.Node) -> int | None:
     """Return k, if a node is ``x[..., :k]``."""
-    if called(node) == "slice" and len(node.args) == 4:
-        _, dim, start, stop = node.args
-        made = node.meta.get("val")
-        last = isinstance(made, torch.Tensor) and dim in (-1, made.dim() - 1)
+    arguments: Any = node.args
+    if called(node) == "slice" and len(arguments) == 4:
+        _, dim, start, stop = arguments
+        made: Any = node.meta.get("val")
+        if not isinstance(made, torch.Tensor) or dim not in (-1, made.dim() - 1) or not isinstance(stop, int):
+            return None
         # A stop beyond the end cuts nothing.
-        cuts = last and start in (None, 0) and isinstance(stop, int) and same((stop,), made.shape[-1:])
-        return stop if cuts else None
-    if called(node) != "getitem" or not isinstance(node.args[1], tuple):
+        return stop if start in (None, 0) and same((stop,), made.shape[-1:]) else None
+    if called(node) != "getitem" or not isinstance(arguments[1], tuple):
         return None
-    *rest, last_cut = node.args[1]
+    *rest, last = arguments[1]
     whole = all(i is Ellipsis or i == slice(None) for i in rest)
-    plain = isinstance(last_cut, slice) and last_cut.start in (None, 0) and last_cut.step in (None, 1)
-    return last_cut.stop if whole and plain and isinstance(last_cut.stop, int) else None
+    plain = isinstance(last, slice) and last.start in (None, 0) and last.step in (None, 1)
+    return last.stop if whole and plain and isinstance(last.stop, int) else None
