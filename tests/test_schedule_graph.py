@@ -42,7 +42,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, "-m", "tests.schedule_worker", str(out)],
-        env=environment, capture_output=True, text=True, timeout=240, cwd=ROOT,
+        env=environment, capture_output=True, text=True, timeout=400, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     results: dict[str, dict[str, float]] = json.loads(out.read_text())
