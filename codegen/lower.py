@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import operator
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -378,6 +379,8 @@ def _site(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if stack:
         innermost = str(next(reversed(stack.values()))[0])
+        # A forward that moefx installed reads children past attribute lookup.
+        innermost = re.sub(r"__dict__\['_modules'\]\['(\w+)'\]", r"\1", innermost)
         return innermost.removeprefix("L['self'].").replace("L['self']", "") or node.name
     return node.name
 

@@ -153,7 +153,7 @@ def test_half_precision(dtype: str) -> None:
     check_scatter(2, 9, 4, 40, dtype)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 12), st.data(), st.sampled_from(["", "layer", "rms"]))
 def test_any_shape(samples: int, total: int, data: st.DataObject, norm: str) -> None:
     kept, width = data.draw(st.integers(1, total)), data.draw(st.integers(9, 70))

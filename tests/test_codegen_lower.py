@@ -243,3 +243,11 @@ def test_an_expression_that_is_not_zero_at_zero_stays_before_the_combine() -> No
     assert isinstance(found, Lowering)
     assert found.region.combine is None
     assert "not zero at zero" in found.notes[0]
+
+
+def test_sites_are_named_as_in_the_model() -> None:
+    from moefx.codegen.lower import _site
+
+    node = fx.Graph().placeholder("x")
+    node.meta["nn_module_stack"] = {"0": ("L['self'].__dict__['_modules']['blocks'].0", nn.Linear)}
+    assert _site(node) == "blocks.0"
