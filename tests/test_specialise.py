@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moefx
 from examples.dit import DiT
+from examples.randomise import randomise_zeros
 from moefx.errors import InputError, NothingMatched
 from moefx.graph.inputs import synthesise
 from moefx.model.specialise import Specialised, specialise
@@ -206,6 +207,23 @@ def test_heads_and_channels_that_are_off_are_cut_out(name: str, fixed: tuple[str
     assert special.fallbacks == 0
     queries = [m.weight for v in special.variants for path, m in v.named_modules() if path.endswith("to_q")]
     assert min(len(q) for q in queries) < max(len(q) for q in queries)
+
+
+def test_heads_are_cut_out_of_an_attention_that_is_handed_its_timestep() -> None:
+    torch.manual_seed(0)
+    model = randomise_zeros(DiT(width=32, depth=1)).eval()
+    call = (torch.randn(2, 1, 8, 8), torch.full((2,), 500.0), torch.tensor([3, 7]))
+    moefx.transform(model, call, recipe="dydit-heads")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("router.bias"):
+                parameter.copy_(torch.linspace(15, -15, len(parameter)))
+        special = specialise(model, [500.0], call, fixed=["y"])
+        torch.testing.assert_close(special(*call), model(*call), rtol=1e-4, atol=1e-5)
+    assert not special.left
+    (variant,) = special.variants
+    narrow, wide = (dict(m.named_parameters())["blocks.0.attn.qkv.weight"] for m in (variant, model))
+    assert len(narrow) < len(wide)
 
 
 def test_heads_whose_norm_runs_across_them_stay_masked() -> None:

@@ -22,7 +22,9 @@ from torch.fx import Node
 from moefx.errors import GuardError, InputError, NothingMatched, nearest
 from moefx.graph import Graph, trace
 from moefx.graph.signature import CallSpec, Inputs
+from moefx.model.carry import asked_for, described
 from moefx.model.handle import handle_of
+from moefx.model.local import JSON
 from moefx.model.sides import model_of, switch_of, variants_by_side
 from moefx.model.slice_heads import CannotSlice, slice_heads
 from moefx.passes.analysis import Facts, analyse
@@ -209,8 +211,15 @@ class _Cutter:
 
     def __init__(self, model: nn.Module) -> None:
         handle = handle_of(model)
-        sites = [site for plan in handle.plans for site in plan.sites] if handle else []
-        self.inputs = {site.block: site.block_inputs for site in sites if site.block is not None}
+        self.inputs: dict[str, JSON] = {}
+        for plan in handle.plans if handle else ():
+            carried = asked_for(plan.carried, plan.sites)
+            for site in plan.sites:
+                if site.block is not None and site.block_inputs is not None:
+                    # A later transform may pass further values to the same block.
+                    before = self.inputs.get(site.block, site.block_inputs)
+                    passed = before["kwargs"] | described(carried, site.block)
+                    self.inputs[site.block] = {**before, "kwargs": passed}
         self.done: dict[Hashable, nn.Module | None] = {}
         self.left: dict[str, str] = {}
 
