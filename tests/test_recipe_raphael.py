@@ -15,7 +15,7 @@ from moefx.errors import InputError, NothingMatched
 from moefx.routing import given
 from moefx.routing.space import SpaceTimeFFN
 from tests import recipe_support as support
-from tests.recipe_support import DIT, FLUX, SD3, WAN
+from tests.recipe_support import DIT, FLUX, SD3, UNET, WAN
 
 pytestmark = support.MARKS
 
@@ -109,7 +109,7 @@ def test_equations(first: bool | None) -> None:
         assert (a is None or not a.any()) if b is None else float((a - b).norm()) <= 1e-10 * max(float(b.norm()), 1.0)
 
 
-@pytest.mark.parametrize("name", [SD3, FLUX, WAN])
+@pytest.mark.parametrize("name", [SD3, FLUX, UNET, WAN])
 def test_models(name: str, tmp_path: Path) -> None:
     model = routed(name)
     layers = spaces(model)
@@ -119,20 +119,22 @@ def test_models(name: str, tmp_path: Path) -> None:
     for path, layer in layers.items():
         x, _, words, queries, keys = support.captured(model, name, path, 3)
         block = model.get_submodule(path.rpartition(".")[0])
-        if name == WAN:
-            attention, projected = block.attn2, block.attn2.norm_k(block.attn2.to_k(words))
-            start = 0
+        crossed = name in (UNET, WAN)
+        if crossed:
+            attention, start = block.attn2, 0
+            projected = attention.to_k(words)
+            projected = projected if attention.norm_k is None else attention.norm_k(projected)
         else:
             attention = block.attn
             projected = attention.add_k_proj(words)
             start = 0 if name == FLUX else x.shape[1]
             assert layer.words_first is (name == FLUX)
         made = projected.unflatten(-1, (keys.shape[1], -1))
-        if name != WAN and attention.norm_added_k is not None:
+        if not crossed and attention.norm_added_k is not None:
             made = attention.norm_added_k(made)
         found = keys[:, :, start : start + words.shape[1]]
         torch.testing.assert_close(found, made.transpose(1, 2).detach(), rtol=1e-5, atol=1e-6)
-        assert queries.shape[2] == x.shape[1] + (0 if name == WAN else words.shape[1])
+        assert queries.shape[2] == x.shape[1] + (0 if crossed else words.shape[1])
     for training in (True, False):
         model.train(training).zero_grad(set_to_none=True)
         support.call(model, support.inputs(name), grad=True)[0].square().mean().backward()

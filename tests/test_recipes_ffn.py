@@ -17,7 +17,7 @@ from moefx.passes.rewrite.routing_options import RoutingOptions
 from moefx.recipes import build_passes, get_recipe, recipes
 from moefx.routing import RoutedFFN
 from tests import recipe_support as support
-from tests.recipe_support import DIT, MODELS, UNET, WAN
+from tests.recipe_support import DIT, MODELS, WAN
 
 pytestmark = support.MARKS
 # Small numbers of experts, so that every one gets tokens in a tiny model.
@@ -32,8 +32,6 @@ SMALL: dict[str, dict[str, Any]] = {
     "promoe": {"experts": 4, "every": 1},
     "moma": {},
 }  # fmt: skip
-# The transformer blocks of a UNet see no timestep.
-HIDDEN = {("mode", UNET), ("nucleus", UNET)}
 
 
 def realised(recipe: str, name: str) -> nn.Module:
@@ -46,10 +44,6 @@ def realised(recipe: str, name: str) -> nn.Module:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("recipe", SMALL)
 def test_on_models(recipe: str, name: str) -> None:
-    if (recipe, name) in HIDDEN:
-        with pytest.raises(NothingMatched, match="no site to rewrite"):
-            realised(recipe, name)
-        return
     model = realised(recipe, name)
     support.check_runs(model, name)
     for training in (True, False):

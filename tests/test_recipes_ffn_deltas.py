@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moefx
-from moefx.errors import NothingMatched
 from moefx.routing.prior import match_units, prior_loss, prior_map
 from moefx.routing.router import sinusoidal
 from moefx.training import step_schedules
 from tests import recipe_support as support
-from tests.recipe_support import DIT, FLUX, MODELS, UNET, WAN
+from tests.recipe_support import DIT, MODELS
 from tests.test_recipes_ffn import assert_equal, kept, tokens
 
 pytestmark = support.MARKS
@@ -29,15 +28,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "raphael": {"space_experts": 0},
     "moe++": {"experts": 7},
 }
-RAW = {"ppap", "timestep-lora", "remix-dit"}
-TIMED = RAW | {"raphael", "switch-dit"}
 EXACT = set(SMALL) - {"moe++"}
-
-
-def refused(recipe: str, name: str) -> bool:
-    """Blocks of a UNet see no timestep; a raw one is seen by those of DiT, and by the inline networks of FLUX."""
-    unseen = recipe == "switch-dit" and name == WAN  # six vectors per sample, none of them the timestep's own
-    return unseen or (recipe in TIMED and name == UNET) or (recipe in RAW and name not in (DIT, FLUX))
 
 
 def stirred(model: nn.Module) -> nn.Module:
@@ -56,10 +47,6 @@ def stirred(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("recipe", SMALL)
 def test_on_models(recipe: str, name: str) -> None:
-    if refused(recipe, name):
-        with pytest.raises(NothingMatched, match="no site to rewrite"):
-            support.realised(recipe, name, **SMALL[recipe])
-        return
     model = support.realised(recipe, name, **SMALL[recipe])
     support.check_runs(model, name)
     if recipe in EXACT:
