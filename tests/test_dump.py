@@ -164,7 +164,7 @@ def test_every_stage_has_json_with_the_documented_keys(flux: moefx.Graph) -> Non
     head = {"format", "schema_version", "moefx_version", "stage", "model"}
     more = {"tree": {"inputs", "guards", "tree", "sites", "misses"}, "graph": {"inputs", "guards", "nodes"}}
     more |= {"sites": {"inputs", "guards", "sites", "misses"}, "plan": {"plan"}, "routed": more["tree"]}
-    more |= {"lowered": {"inputs", "guards", "target", "regions", "heads", "refused"}}
+    more |= {"lowered": {"inputs", "guards", "target", "regions", "others", "refused"}}
     more |= {"kernels": {"inputs", "guards", "target", "sources"}}
     document = (ROOT / "docs" / "dump-schema.md").read_text()
     for stage in STAGES:
