@@ -194,7 +194,8 @@ class Router(KeepFloat32):
             value = sinusoidal(value.reshape(-1), self.embed[name], scale=self.timestep_scale)
         if name == "text":
             # The mean of no words is zero, not NaN.
-            value = value.to(at_least_float32(value)).sum(1) / torch.sym_max(value.shape[1], 1)
+            words = torch.sym_max(value.shape[1], 1)  # type: ignore[no-untyped-call]
+            value = value.to(at_least_float32(value)).sum(1) / words
         while value.ndim < ndim:
             value = value.unsqueeze(-2)
         return value
