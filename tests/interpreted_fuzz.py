@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from moefx.codegen import LinearSpec, Schedule, runtime, trace_pointwise
-from moefx.codegen.launcher import Launcher
 from moefx.codegen.kernels import PointGradSpec
+from moefx.codegen.launcher import Launcher
 from tests.interpreted_kernels import Function, _poisoned_memory, random_expression  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|divide by zero|invalid value):RuntimeWarning")
