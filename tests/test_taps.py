@@ -14,7 +14,11 @@ from moefx.zoo import tiny
 
 # Width 24, 7 text tokens and so on are those of the tiny configs; "-" is out of sight inside the block.
 SEEN = {
-    "DiTTransformer2DModel": {"timestep": "timestep (2,)", "unmodulated": "norm3 (2, 25, 32)"},
+    "DiTTransformer2DModel": {
+        "timestep": "timestep (2,)",
+        "label": "class_labels (2,)",
+        "unmodulated": "norm3 (2, 25, 32)",
+    },
     "PixArtTransformer2DModel": {
         "timestep": "timestep (2, 144)",
         "condition": "timestep (2, 144)",
