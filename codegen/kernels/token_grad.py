@@ -154,7 +154,7 @@ def kernel(
 {% for j, i in reduced %}
     sum{{ i }} = tl.zeros(({{ block }},), tl.float32)
 {% endfor %}
-    for step in range(0, count):
+    for step in range(count):
         row = sample * sample_rows + start + step
 {% if place != "here" %}
         token = tl.load(index_ptr + row)

@@ -35,7 +35,7 @@ def kernel(
     z1 = tl.load(z1_ptr + sample * 1152 + col, mask=col < 1152, other=0.0).to(tl.float32)
     sum1 = tl.zeros((2048,), tl.float32)
     sum2 = tl.zeros((2048,), tl.float32)
-    for step in range(0, count):
+    for step in range(count):
         row = sample * sample_rows + start + step
         token = tl.load(index_ptr + row)
         g = tl.load(grad_ptr + row * grad_stride + col, mask=col < 1152, other=0.0).to(tl.float32)

@@ -36,7 +36,7 @@ def kernel(
     col = tl.arange(0, 2048)
     z1 = tl.load(z1_ptr + sample * 1152 + col, mask=col < 1152, other=0.0).to(tl.float32)
     sum1 = tl.zeros((2048,), tl.float32)
-    for step in range(0, count):
+    for step in range(count):
         row = sample * sample_rows + start + step
         token = tl.load(index_ptr + row)
         g = tl.load(grad_ptr + token * grad_stride + col, mask=col < 1152, other=0.0).to(tl.float32)
