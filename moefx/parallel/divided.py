@@ -24,6 +24,29 @@ from moefx.passes.placement.stacks import stacked_parameters
 Engine = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+def slots_of(experts_TK: Tensor, slot_of_copy: Tensor, end_of_copy: Tensor) -> Tensor:
+    """Return the slot of each chosen expert, one past the last for an expert outside [0, E), which goes nowhere.
+
+    With copies, the rows of an expert are dealt out in token order, to each copy its share.
+
+    Args:
+        experts_TK: chosen experts.
+        slot_of_copy: ``[E+1, C]``; see :meth:`Roster.tables`.
+        end_of_copy: ``[E+1, C]``.
+    """
+    experts = slot_of_copy.shape[0] - 1
+    experts_TK = torch.where((experts_TK >= 0) & (experts_TK < experts), experts_TK, experts)
+    if slot_of_copy.shape[1] == 1:
+        return slot_of_copy[experts_TK, 0]
+    order_R, offsets = ops.group(experts_TK, experts + 1)
+    expert_R = experts_TK.reshape(-1)[order_R]
+    place_R = torch.arange(len(order_R), device=order_R.device) - offsets[expert_R]
+    along_R = (place_R + 0.5) / offsets.diff()[expert_R]
+    copy_R = (along_R.unsqueeze(1) > end_of_copy[expert_R]).sum(dim=1)
+    slots_R = torch.empty_like(expert_R).scatter_(0, order_R, slot_of_copy[expert_R, copy_R])
+    return slots_R.view_as(experts_TK)
+
+
 class DividedExperts(nn.Module):
     """Experts of which only some are here; tokens travel to the others. The base of one class per kind of experts.
 
@@ -119,7 +142,7 @@ class DividedExperts(nn.Module):
             )
         if self.slot_bounds.device != x_TD.device:
             self._register_tables(x_TD.device)
-        slots_TK = self._slots(experts_TK)
+        slots_TK = slots_of(experts_TK, self.slot_of_copy, self.end_of_copy)
         if self.once:
             return send_once(self, weights, rows, x_TD, slots_TK, gates_TK)
         if self.chunks > 1 or self.meanwhile:
@@ -139,23 +162,6 @@ class DividedExperts(nn.Module):
         if guard_or_true(dropped > 0):
             back_RD = torch.cat([back_RD, back_RD.new_zeros((dropped, back_RD.shape[1]))])
         return ops.combine(back_RD, order_R, gates_TK)
-
-    def _slots(self, experts_TK: Tensor) -> Tensor:
-        """Return the slot of each chosen expert; one past the last for an index outside [0, E), which goes nowhere.
-
-        With copies, the rows of an expert are dealt out in token order, to each copy its share.
-        """
-        known = (experts_TK >= 0) & (experts_TK < self.num_experts)
-        experts_TK = torch.where(known, experts_TK, self.num_experts)
-        if not self.roster.has_copies:
-            return self.slot_of_copy[experts_TK, 0]
-        order_R, offsets = ops.group(experts_TK, self.num_experts + 1)
-        expert_R = experts_TK.reshape(-1)[order_R]
-        place_R = torch.arange(len(order_R), device=order_R.device) - offsets[expert_R]
-        along_R = (place_R + 0.5) / offsets.diff()[expert_R]
-        copy_R = (along_R.unsqueeze(1) > self.end_of_copy[expert_R]).sum(dim=1)
-        slots_R = torch.empty_like(expert_R).scatter_(0, order_R, self.slot_of_copy[expert_R, copy_R])
-        return slots_R.view_as(experts_TK)
 
     def compute(self, weights: Weights, rows: Rows, rows_AD: Tensor, arrivals: Tensor, total: int) -> Tensor:
         """Run the experts of this rank on the rows that arrived: by sender, then by slot ``[G, slots]``."""

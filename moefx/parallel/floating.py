@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from moefx import ops
 from moefx.errors import MoefxError, PlanError
-from moefx.parallel.divided import DividedExperts
+from moefx.parallel.divided import DividedExperts, slots_of
 from moefx.parallel.exchange import exchange, exchange_counts
 from moefx.parallel.experts import ParallelExperts
 from moefx.routing.experts import Experts
@@ -116,7 +116,7 @@ class Hop:
     def __init__(self, experts: ParallelExperts, chosen_TK: Tensor) -> None:
         self.experts, self.group, self.rank = experts, experts.group, experts.rank
         ranks = len(experts.homes)
-        self.slots_TK = experts._slots(chosen_TK)
+        self.slots_TK = slots_of(chosen_TK, experts.slot_of_copy, experts.end_of_copy)
         rank_TK = torch.searchsorted(experts.slot_bounds, self.slots_TK, right=True) - 1
         count_TG = rank_TK.new_zeros((len(chosen_TK), ranks + 1))
         count_TG.scatter_add_(1, rank_TK.clamp(max=ranks), torch.ones_like(rank_TK))

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from moefx.errors import MoefxError
 from moefx.graph.signature import Inputs
 from moefx.model.specialise import Specialised
-from moefx.parallel.parallelize import _agree_everywhere, _groups, parallelize
+from moefx.parallel.parallelize import agree_everywhere, find_groups, parallelize
 from moefx.parallel.program import DEGREES, EXACT, Maker, Program
 from moefx.parallel.writer import Plan
 from moefx.passes.placement import Placement, Topology, routed_layers
@@ -50,7 +50,7 @@ def schedule_specialised(
         PlanError: see :func:`schedule`.
     """
     asked = f"schedule a specialised {type(specialised.routed).__name__}"
-    group, data = _groups(mesh, asked)
+    group, data = find_groups(mesh, asked)
     problem: MoefxError | None = None
     makers: dict[int, Maker] = {}
     try:
@@ -59,7 +59,7 @@ def schedule_specialised(
                 makers[i] = Maker.of(variant, inputs, topology or Topology.processes(len(placement.devices)), None)
     except MoefxError as error:
         problem = error
-    _agree_everywhere(asked, {}, problem, [group, data])
+    agree_everywhere(asked, {}, problem, [group, data])
     parallelize(specialised.routed, mesh, placement, verify=verify)
     for i, maker in makers.items():
         variant = specialised.variants[i]

@@ -85,7 +85,7 @@ def parallelize(
             One rank's error is raised on all; nothing was changed.
     """
     asked = f"parallelize {type(model).__name__}"
-    group, data = _groups(mesh, asked)
+    group, data = find_groups(mesh, asked)
     how = _How(chunks, once, overlap_shared, tuple(floating), budget, staging, folder)
     plan, tiers = _agreed(model, placement, how, [group, data], asked, verify=verify)
     # A group of its own: collectives of data parallelism must not slip in between those of a layer.
@@ -154,7 +154,7 @@ def _agreed(
         weights = weights_digest(model) if verify else _NO_DIGEST
         plan = text_digest(made.digest.hex() + how.agreed)
         facts = dict(zip(facts, (plan, structure_digest(model), weights), strict=True))
-    _agree_everywhere(asked, facts, problem, groups)
+    agree_everywhere(asked, facts, problem, groups)
     assert isinstance(made, Placement)
     return made, tiers
 
@@ -166,7 +166,7 @@ def _made(placement: Any) -> Any:
     return placement() if callable(placement) else placement
 
 
-def _agree_everywhere(
+def agree_everywhere(
     asked: str, facts: dict[str, bytes], problem: MoefxError | None, groups: list[dist.ProcessGroup | None]
 ) -> None:
     """Agree within each set of experts, then across the sets, which learn of what another set refused."""
@@ -204,7 +204,7 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _groups(mesh: DeviceMesh | None, asked: str) -> tuple[dist.ProcessGroup, dist.ProcessGroup | None]:
+def find_groups(mesh: DeviceMesh | None, asked: str) -> tuple[dist.ProcessGroup, dist.ProcessGroup | None]:
     """Return the ranks among which the experts are divided, and those that hold the same experts as this one."""
     if not (dist.is_available() and dist.is_initialized()):
         raise InputError(

@@ -25,7 +25,7 @@ from moefx.parallel.agree import agree, text_digest
 from moefx.parallel.divided import DividedExperts
 from moefx.parallel.lower import divide_experts
 from moefx.parallel.memory import Memory
-from moefx.parallel.parallelize import _agree_everywhere, _groups, parallel_layers, parallelize
+from moefx.parallel.parallelize import agree_everywhere, find_groups, parallel_layers, parallelize
 from moefx.parallel.regions import find_regions
 from moefx.parallel.roster import Roster
 from moefx.parallel.steps import CopiedWeights
@@ -218,14 +218,14 @@ def schedule(
             ranks; what :func:`parallelize` refuses changes nothing.
     """
     asked = f"schedule {type(model).__name__}"
-    group, data = _groups(mesh, asked)
+    group, data = find_groups(mesh, asked)
     problem: MoefxError | None = None
     maker: Maker | None = None
     try:
         maker = Maker.of(model, inputs, topology or Topology.processes(len(placement.devices)), trace)
     except MoefxError as error:
         problem = error
-    _agree_everywhere(asked, {}, problem, [group, data])
+    agree_everywhere(asked, {}, problem, [group, data])
     assert maker is not None
     parallelize(model, mesh, placement, verify=verify)
     program = Program(model, placement, maker, memory_bytes)

@@ -21,29 +21,6 @@ from moefx.parallel.roster import Roster
 Sizes = list[list[list[int]]]
 
 
-def slots_of(experts_TK: Tensor, slot_of_copy: Tensor, end_of_copy: Tensor) -> Tensor:
-    """Return the slot of each chosen expert, one past the last for an expert outside [0, E), which goes nowhere.
-
-    With copies, the rows of an expert are dealt out in token order, to each copy its share.
-
-    Args:
-        experts_TK: chosen experts.
-        slot_of_copy: ``[E+1, C]``; see :meth:`Roster.tables`.
-        end_of_copy: ``[E+1, C]``.
-    """
-    experts = slot_of_copy.shape[0] - 1
-    experts_TK = torch.where((experts_TK >= 0) & (experts_TK < experts), experts_TK, experts)
-    if slot_of_copy.shape[1] == 1:
-        return slot_of_copy[experts_TK, 0]
-    order_R, offsets = ops.group(experts_TK, experts + 1)
-    expert_R = experts_TK.reshape(-1)[order_R]
-    place_R = torch.arange(len(order_R), device=order_R.device) - offsets[expert_R]
-    along_R = (place_R + 0.5) / offsets.diff()[expert_R]
-    copy_R = (along_R.unsqueeze(1) > end_of_copy[expert_R]).sum(dim=1)
-    slots_R = torch.empty_like(expert_R).scatter_(0, order_R, slot_of_copy[expert_R, copy_R])
-    return slots_R.view_as(experts_TK)
-
-
 def counts_of(offsets: Sequence[Tensor]) -> Tensor:
     """Return the rows of each slot in each part, ``[S·r]``: one exchange serves all parts."""
     return torch.stack([part.diff() for part in offsets], dim=1).flatten()

@@ -11,6 +11,7 @@ import torch
 from torch.fx import Node
 
 from moefx.parallel import memory, packed, steps
+from moefx.parallel.divided import slots_of
 from moefx.parallel.writer import COMBINE, GROUP, RegionWriter
 from moefx.passes.schedule import COMM
 
@@ -88,7 +89,7 @@ def capacity(w: RegionWriter, weights: Weights) -> Node:
 def first(w: RegionWriter, weights: Weights) -> Node:
     """Write: as by slot, and the way of rows is kept for the next steps."""
     y = by_slot(w, weights)
-    slots, sort, sizes = (w.first(f) for f in (steps.slots_of, GROUP, steps.splits_of))
+    slots, sort, sizes = (w.first(f) for f in (slots_of, GROUP, steps.splits_of))
     leaving, coming, ids = w.item(sizes, 0, 0), w.item(sizes, 1, 0), w.first(steps.local_slots)
     way = slots, w.region.gates, w.item(sort, 0), leaving, coming, ids
     w.call(memory.keep, w.memory, *way, role="stale_out")

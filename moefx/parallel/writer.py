@@ -18,6 +18,7 @@ from torch.fx.node import map_arg
 from moefx.graph import Graph
 from moefx.graph.origin import origin_of
 from moefx.parallel import steps
+from moefx.parallel.divided import slots_of
 from moefx.parallel.exchange import arrive, launch, scale_gradient
 from moefx.parallel.memory import Memory
 from moefx.parallel.regions import GROUPED, Region
@@ -191,7 +192,7 @@ class RegionWriter:
     def slots(self) -> Node:
         """Write the map from experts to slots."""
         tables = self.attribute("slot_of_copy"), self.attribute("end_of_copy")
-        return self.call(steps.slots_of, self.region.experts, *tables)
+        return self.call(slots_of, self.region.experts, *tables)
 
     def experts(
         self,
