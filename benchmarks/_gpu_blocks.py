@@ -65,11 +65,18 @@ class RoutedFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, N, D] to [B, N, D]."""
-        tokens = x.flatten(0, 1)
-        gates, chosen = self.router(tokens).float().softmax(-1).topk(self.slots, -1)
+        gates, chosen = self.choose(x)
         order, offsets = ops.group(chosen, self.experts)
+        return ops.combine(self.products(x.flatten(0, 1), order, offsets), order, gates).view(x.shape)
+
+    def choose(self, x: Tensor) -> Any:
+        """Return gates and experts [T, K]."""
+        return self.router(x.flatten(0, 1)).float().softmax(-1).topk(self.slots, -1)
+
+    def products(self, tokens: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+        """Return the routed rows [T*K, D] of tokens [T, D]."""
         hidden = F.gelu(ops.grouped_linear(tokens, self.w1, self.b1, order, offsets, self.slots), approximate="tanh")
-        return ops.combine(ops.grouped_linear(hidden, self.w2, None, None, offsets), order, gates).view(x.shape)
+        return ops.grouped_linear(hidden, self.w2, None, None, offsets)
 
 
 class Block(nn.Module):
@@ -124,6 +131,50 @@ def model_calls(
         compiled = torch.compile(model, fullgraph=True, dynamic=False, **options)
         calls[name] = _step(compiled, list(model.parameters()), x, c, train)
     return calls
+
+
+def share_calls(
+    shape: BlockShape, device: torch.device, dtype: torch.dtype, quick: bool
+) -> dict[str, Callable[[], Any]]:
+    """Return a routed layer, its products alone, and its router with the grouping alone, by kernels and by Inductor.
+
+    What the layer takes beyond its products is router, grouping and combine; the products make their row tiles, which
+    the layer's grouping gives them.
+    """
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    layer = RoutedFFN(shape).to(device, dtype).requires_grad_(False)
+    x = torch.randn(shape.batch, shape.tokens, shape.width, device=device, dtype=dtype)
+    order, offsets = ops.group(layer.choose(x)[1], shape.experts)
+
+    def grouped(x: Tensor) -> tuple[Tensor, ...]:
+        gates, chosen = layer.choose(x)
+        return gates, *ops.group(chosen, shape.experts)
+
+    def products(x: Tensor) -> Tensor:
+        return layer.products(x.flatten(0, 1), order, offsets)
+
+    ours: dict[str, Any] = {"backend": "moefx", "options": rehearsal_options() if quick else None}
+    peer = {"backend": "eager" if quick else "inductor"}
+    ways = {
+        "layer": (layer, ours),
+        "products": (products, ours),
+        "router and grouping": (grouped, ours),
+        "router and grouping, inductor": (grouped, peer),
+    }
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, (function, options) in ways.items():
+        compiled = torch.compile(function, fullgraph=True, dynamic=False, **options)
+        calls[name] = _without_gradients(compiled, x)
+    return calls
+
+
+def _without_gradients(function: Any, x: Tensor) -> Callable[[], Any]:
+    def run() -> Any:
+        with torch.no_grad():
+            return function(x)
+
+    return run
 
 
 def _step(model: Any, parameters: list[Tensor], x: Tensor, c: Tensor, train: bool) -> Callable[[], Any]:

@@ -25,7 +25,7 @@ from typing import Any
 
 import _gpu_report as report
 import torch
-from _gpu_blocks import BLOCKS, HEADS, QUICK_BLOCKS, QUICK_HEADS, head_calls, model_calls
+from _gpu_blocks import BLOCKS, HEADS, QUICK_BLOCKS, QUICK_HEADS, head_calls, model_calls, share_calls
 from _gpu_cases import ROUTINGS, Case, Ceilings, Shape, draw_experts, make_case, quick_shapes, standard_shapes
 from _gpu_clock import Clock, Timing
 from _gpu_peers import Build, implementations, index_add_loop
@@ -257,8 +257,11 @@ def _free(session: Session) -> None:
 
 
 def run_steps(session: Session) -> None:
-    """Time whole blocks, one whole model and routed heads."""
+    """Time the parts of routed layers, whole blocks, one whole model and routed heads."""
     quick = session.options.quick
+    for shape in QUICK_BLOCKS if quick else BLOCKS[1:]:
+        parts = f"parts of the FFN of a {shape.name}"
+        _time_steps(session, parts, "forward", lambda s=shape: share_calls(s, session.device, session.dtype, quick))
     for shape in QUICK_BLOCKS if quick else BLOCKS:
         for train in (True,) if quick else (False, True):
             name = "forward + backward" if train else "forward"

@@ -65,6 +65,8 @@ def test_the_whole_benchmark_runs(tmp_path: Path) -> None:
     assert {row["direction"] for row in result["ffn"]} == {"forward", "forward + backward"}
     assert {row["routing"] for row in result["ffn"]} == {"balanced", "skewed", "all to one"}
     assert {row["implementation"] for row in result["steps"]} >= {"dense, inductor", "routed, moefx", "SDPA, all heads"}
+    parts = [row["implementation"] for row in result["steps"] if row["shape"].startswith("parts of the FFN")]
+    assert parts == ["layer", "products", "router and grouping", "router and grouping, inductor"]
     assert max(row["error"] for row in result["errors"] if row["implementation"].startswith("moefx")) < 1e-4
     assert "rehearsal" in (tmp_path / "out" / "gpu.md").read_text()
 
