@@ -11,10 +11,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from examples.dit import DiT
+from moefx import ops
 from moefx.errors import InputError
 from moefx.graph import trace
 from moefx.passes.analysis import analyse, cost
 from moefx.passes.analysis.cost import B
+from tests.routed_toy import RoutedFFN
 
 NAMES = [
     "DiT",
@@ -86,3 +88,19 @@ def test_a_graph_without_a_batch_says_so() -> None:
     graph = trace(nn.Linear(4, 4), (torch.randn(4),))
     with pytest.raises(InputError, match="no input with a batch"):
         cost(graph).in_batch()
+
+
+def test_routed_operators_count_their_products() -> None:
+    model = RoutedFFN(width=24, hidden=40, experts=4, slots=2)
+    rows = 2 * 9 * 2
+    router, products, combine = 2 * 18 * 24 * 4, 2 * rows * 40 * 24 * 2, 2 * rows * 24
+    assert analyse(trace(model, (torch.randn(2, 9, 24),))).costs.flops == router + products + combine
+
+    class Heads(nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+            return ops.head_attention(q, k, v, gates)
+
+    given = (torch.randn(2, 5, 3, 8), torch.randn(2, 7, 3, 8), torch.randn(2, 7, 3, 8), torch.rand(2, 5, 3))
+    costs = analyse(trace(Heads(), given)).costs
+    assert costs.flops == 4 * 2 * 3 * 5 * 7 * 8
+    assert costs.bytes >= 4 * sum(t.numel() for t in given)

@@ -170,7 +170,8 @@ def _read(node: Node, graph: Graph) -> Op:
         return Op("size", str(node.target))
     call = spell(node, graph)
     if call is None:
-        return Op("module" if node.op == "call_module" else "other", str(node.target), data(node, graph))
+        known = tables.KINDS.get(str(node.target), "other")
+        return Op("module" if node.op == "call_module" else known, str(node.target), data(node, graph))
     kind = tables.KINDS.get(call.name, "other")
     return _readers.get(kind, _readers[""])(node, call, kind, graph)
 

@@ -107,6 +107,10 @@ KINDS: dict[str, str] = _kinds(
         _scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math_for_mps
     """,
     mha="multi_head_attention_forward _native_multi_head_attention",
+    routed="""
+        moefx.group.default moefx.grouped_linear.default moefx.combine.default moefx.scatter.default
+        moefx.head_attention.default
+    """,
     matmul="matmul bmm mm baddbmm einsum tensordot mv dot",
     softmax="softmax",
     reshape="""

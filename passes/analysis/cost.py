@@ -108,6 +108,16 @@ def _node_cost(flow: Flow, node: Node, values: dict[Node, Any], parameters: int)
     return NodeCost(flops, _bytes(flow.graph, node, what, values), parameters)
 
 
+def _routed_flops(node: Node, name: str, values: dict[Node, Any]) -> int:
+    """Return the operations of a dialect operator; of routed heads all count, since gates are values."""
+    first = values[node.all_input_nodes[0]]
+    if name == "moefx.grouped_linear.default":
+        return int(2 * values[node].numel() * first.shape[-1])
+    if name == "moefx.head_attention.default":
+        return int(4 * first.numel() * values[node.all_input_nodes[1]].shape[1])
+    return int(2 * first.numel()) if name in ("moefx.combine.default", "moefx.scatter.default") else 0
+
+
 def _flops(graph: Graph, node: Node, what: Op, values: dict[Node, Any]) -> int:
     out = values[node]
     if what.kind == "mha" and "heads" in what.attrs:
@@ -115,6 +125,8 @@ def _flops(graph: Graph, node: Node, what: Op, values: dict[Node, Any]) -> int:
     if what.kind == "sdpa":
         q, k, v = (values[n].shape for n in what.inputs[:3])
         return int(2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1]))
+    if what.kind == "routed":
+        return _routed_flops(node, what.name, values)
     if not isinstance(out, torch.Tensor):
         return 0
     if what.kind == "linear":
