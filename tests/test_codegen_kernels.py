@@ -31,7 +31,7 @@ def interpret(script: str, cache: Path, *more: str) -> None:
     """Run files of tests in one process whose Triton interprets: each such process takes seconds to start."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "MOEFX_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
     files = [str(TESTS / name) for name in (script, *more)]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=900", *files]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
