@@ -20,7 +20,7 @@ from moefx.codegen.kernels.router import RouterGradSpec
 from moefx.codegen.router_lowering import RouterLowering
 from moefx.codegen.spec import Kernel
 from moefx.routing.select import top_k
-from tests.codegen_support import DEVICES, needs_triton
+from tests.codegen_support import needs_triton
 from tests.router_support import renormalised, standard_router, traced
 
 
@@ -62,11 +62,9 @@ def test_other_choices_are_not_spoken_of() -> None:
 
 
 def kernels(experts: int) -> list[tuple[Kernel, Any]]:
-    """Return routers of both dtypes and their gradient, and grouping, with what their ``launch`` takes."""
-    found: list[tuple[Kernel, Any]] = []
-    for dtype in (torch.bfloat16, torch.float32):
-        spec = standard_router(experts, dtype)
-        found += [(spec, None), (RouterGradSpec(spec.program, (0,)), None)]
+    """Return a router, its gradient, and grouping, with what their ``launch`` takes."""
+    spec = standard_router(experts, torch.bfloat16)
+    found: list[tuple[Kernel, Any]] = [(spec, None), (RouterGradSpec(spec.program, (0,)), None)]
     groups, flat = 1 << experts.bit_length(), ["i64", [4098]]
     counts, tiles = ["i32", [33, groups]], ["i32", [3, 39]]
     return [*found, (GroupingSpec(), (flat, counts, flat, ["i64", [experts + 1]], flat, tiles, 64))]
@@ -75,8 +73,7 @@ def kernels(experts: int) -> list[tuple[Kernel, Any]]:
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("experts", [8, 64, 256])
+@pytest.mark.parametrize(("device", "experts"), [("sm_80", 64), ("sm_90", 256), ("sm_100", 64), ("gfx942", 256)])
 def test_kernels_fit_their_target(device: str, experts: int) -> None:
     chosen = target(device)
     jobs = []

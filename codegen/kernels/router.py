@@ -128,8 +128,9 @@ class RouterGradSpec(Kernel):
         return f"router_grad_{self.program.experts}_top{self.program.choice.k}_{digest(self.text)[:10]}"
 
     def schedule(self, target: Target, load: int, block_m: int) -> Schedule:
-        """Return the tiles, those of the forward kernel."""
-        rows, warps = (32, 1) if target.is_interpreter else _rows(self.program.experts)
+        """Return the tiles: fewer tokens than forward, since more values of a row are alive; no product needs 16."""
+        rows = 32 if target.is_interpreter else max(8, min(32, 1024 // power_of_two(self.program.experts)))
+        warps = 1 if target.is_interpreter else 4
         return Schedule(rows, 16, 16, warps, 1, 1)
 
     def derivative(self) -> RowDerivative:
