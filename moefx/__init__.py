@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from moefx.offloading.offload import offload, onload
     from moefx.parallel.parallelize import parallelize
     from moefx.passes.calibration import Calibration, calibrate
-    from moefx.training import aux_loss, health
+    from moefx.training.aux_loss import aux_loss
+    from moefx.training.health import health
 
 _PUBLIC = {
     "Calibration": "moefx.passes.calibration",

@@ -53,9 +53,9 @@ def test_units_are_matched_with_columns_by_what_was_chosen() -> None:
     prior = DiffusionPrior(model, last_timestep=1.0, levels=8, rematch=1)
     units = prior.chosen.shape[1]
     order = torch.randperm(units, generator=torch.Generator().manual_seed(3))
-    prior.chosen.copy_(prior.map_TU[:, order])
+    prior.chosen.copy_(prior.columns_at[:, order])
     prior.visited.fill_(1.0)
-    assert torch.equal(prior.map_TU[:, torch.from_numpy(prior._matched())], prior.chosen)
+    assert torch.equal(prior.columns_at[:, torch.from_numpy(prior._matched())], prior.chosen)
 
 
 def test_state_is_kept_and_misuse_is_refused() -> None:

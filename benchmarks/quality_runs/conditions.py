@@ -114,6 +114,12 @@ def upcycle(setting: Setting) -> list[Condition]:
             recipe("virtual-groups", experts=16, top_k=2, granularity=2, router_input="timestep"),
             penalty=auxiliary,
         ),
+        Condition("whole copies, token router", recipe("sparse-upcycling", experts=8, top_k=1), penalty=auxiliary),
+        Condition(
+            "whole copies, timestep and token router",
+            recipe("sparse-upcycling", experts=8, top_k=1, router_input="timestep+token"),
+            penalty=auxiliary,
+        ),
         Condition(
             "copies, experts choose tokens",
             recipe("sparse-upcycling", experts=8, selector="expert-choice", capacity=1.0),

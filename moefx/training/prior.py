@@ -44,7 +44,7 @@ class DiffusionPrior(nn.Module):
     visited: Tensor
     columns: Tensor
     steps: Tensor
-    map_TU: Tensor
+    columns_at: Tensor
 
     def __init__(
         self, model: nn.Module, *, last_timestep: float, levels: int = 1000, power: float = 4.0, rematch: int = 100
@@ -66,7 +66,7 @@ class DiffusionPrior(nn.Module):
         units = len(masks) * experts
         device = next(model.parameters()).device
         self.register_buffer(
-            "map_TU", prior_map(levels, len(masks), experts, self.top_k, power=power).to(device), False
+            "columns_at", prior_map(levels, len(masks), experts, self.top_k, power=power).to(device), False
         )
         self.register_buffer("chosen", torch.zeros(levels, units, device=device))
         self.register_buffer("visited", torch.zeros(levels, device=device))
@@ -87,11 +87,11 @@ class DiffusionPrior(nn.Module):
                 found=f"{len(kept) - len(probabilities)} of {len(kept)} masked blocks were not called",
                 do="call the model, then ask for the loss",
             )
-        at = timestep.detach().to(self.map_TU.device, torch.float32).reshape(-1) / self.last_timestep
-        level = (at * (len(self.map_TU) - 1)).round().long().clamp(0, len(self.map_TU) - 1)
+        at = timestep.detach().to(self.columns_at.device, torch.float32).reshape(-1) / self.last_timestep
+        level = (at * (len(self.columns_at) - 1)).round().long().clamp(0, len(self.columns_at) - 1)
         level = level.expand(len(probabilities[0]))
         self._remember(level, probabilities)
-        return prior_loss(probabilities, self.map_TU[level][:, self.columns])
+        return prior_loss(probabilities, self.columns_at[level][:, self.columns])
 
     @torch.no_grad()
     def _remember(self, level: Tensor, probabilities: list[Tensor]) -> None:
@@ -108,4 +108,4 @@ class DiffusionPrior(nn.Module):
             dist.all_reduce(chosen)
             dist.all_reduce(visited)
         seen = visited > 0
-        return match_units(chosen[seen] / visited[seen].unsqueeze(1), self.map_TU[seen])
+        return match_units(chosen[seen] / visited[seen].unsqueeze(1), self.columns_at[seen])
