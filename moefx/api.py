@@ -155,7 +155,8 @@ def _request(
     recipe: str | None, passes: Passes, budget: float | None, options: dict[str, Any]
 ) -> tuple[list[Pass], str | None, float | None]:
     """Return the passes, the recipe's name, and the budget where it is not an option of the passes themselves."""
-    recipe = recipe or ("sparse-upcycling" if budget is None else "moefx-split")
+    if recipe is None:
+        recipe = "sparse-upcycling" if budget is None else "moefx-split"
     names = get_recipe(recipe).passes if passes is None and isinstance(recipe, str) else ()
     if budget is not None and any("budget" in get_pass(name).Options.model_fields for name in names):
         options, budget = {**options, "budget": budget}, None

@@ -159,7 +159,7 @@ CASES: dict[str, Case] = {
     "no head": (dit, {"recipe": "moh", "shared_heads": 0, "active_heads": 0}, OptionError, ("no head is active",)),
     # recipes, passes, seed
     "unknown recipe": (dit, {"recipe": "sparse-upcyclng"}, OptionError, ("did you mean 'sparse-upcycling'?", "known:")),
-    "recipe None": (dit, {"recipe": None}, OptionError, ("NoneType", "pass its name")),
+    "recipe empty": (dit, {"recipe": ""}, OptionError, ("''", "known:")),
     "recipe a list": (dit, {"recipe": ["sparse-upcycling"]}, OptionError, ("list",)),
     "passes a string": (dit, {"passes": "upcycle"}, OptionError, ("'upcycle'", "list")),
     "passes a number": (dit, {"passes": 3}, OptionError, ("3", "list")),

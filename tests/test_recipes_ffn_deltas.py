@@ -65,9 +65,9 @@ def test_saved_compiled_and_alone_in_its_batch(recipe: str, tmp_path: Path) -> N
     support.check_batch_invariant(model, DIT)
 
 
-def layer_of(recipe: str) -> Any:
+def layer_of(recipe: str, **options: Any) -> Any:
     """Return one routed layer in float64 with experts that differ and a decided router."""
-    model = stirred(support.realised(recipe, DIT, **SMALL[recipe]))
+    model = stirred(support.realised(recipe, DIT, **SMALL[recipe] | options))
     layer = next(iter(support.layers(model).values())).double()
     draws = torch.Generator().manual_seed(9)
     with torch.no_grad():
@@ -153,7 +153,7 @@ def test_raphael() -> None:
 
 
 def test_moe_plus_plus() -> None:
-    layer = layer_of("moe++")
+    layer = layer_of("moe++", state="none")
     cheap, s = layer.experts, layer.router.scorer
     x = torch.randn(2, 40, cheap.experts.w_in.shape[2], dtype=torch.float64)
 
@@ -181,7 +181,7 @@ def test_moe_plus_plus() -> None:
 
 
 def test_a_token_that_chose_zero_experts_only_gets_the_bias() -> None:
-    layer = layer_of("moe++")
+    layer = layer_of("moe++", state="none")
     x = torch.randn(3, cheap_width(layer), dtype=torch.float64)
     y = layer.experts(x, torch.tensor([[3, 3], [3, 0], [4, 3]]), torch.full((3, 2), 0.5, dtype=torch.float64))
     bias = layer.experts.experts.b_out

@@ -54,7 +54,7 @@ def test_switched_heads_and_channels_follow_the_equations() -> None:
     model = dit()
     moefx.transform(model, INPUTS, recipe="dydit", groups=4)
     block = model.blocks[1]
-    heads, ffn = block.head_gate, block.mlp
+    heads, ffn = block.attn.head_gate, block.mlp
     for gate in (heads, ffn.gate):
         torch.nn.init.normal_(gate.router.bias, generator=torch.Generator().manual_seed(3))
         torch.nn.init.normal_(gate.router.tap_weight, std=0.5, generator=torch.Generator().manual_seed(4))
@@ -115,7 +115,7 @@ def test_a_head_off_in_joint_attention_is_off_in_both_streams() -> None:
     moefx.transform(model, recipe="dydit-heads")
     block = model.transformer_blocks[0]
     assert sum(isinstance(m, ThresholdGate) for m in block.modules()) == 1
-    torch.nn.init.constant_(block.head_gate.router.bias, -15.0)
+    torch.nn.init.constant_(block.attn.head_gate.router.bias, -15.0)
     columns: list[torch.Tensor] = []
     for projection in (block.attn.to_out[0], block.attn.to_add_out):
         projection.register_forward_pre_hook(lambda _, args: columns.append(args[0]))

@@ -184,8 +184,8 @@ def test_mixture_of_heads_is_exact_too(name: str) -> None:
     assert fingerprint(model) == before
 
 
-# No timestep at all; only mixed with the text; or seen several modules above the networks.
-NO_TIMESTEP = {"UVit2DModel", "HunyuanDiT2DModel", "UNet2DConditionModel"}
+# No timestep at all.
+NO_TIMESTEP = {"UVit2DModel"}
 
 
 @pytest.mark.parametrize("name", NAMED)
