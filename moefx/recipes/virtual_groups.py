@@ -20,6 +20,8 @@ RECIPE = register_recipe(
             start="equal",
         ),
         notes="The group's gate is computed once and multiplies the sum of its shards, so no weight is scaled; the "
-        "released cube-root scaling is off by 11 to 14 % for GELU and SwiGLU and is not reproduced.",
+        "released cube-root scaling is off by 11 to 14 % for GELU and SwiGLU and is not reproduced. untie=True gives "
+        "each shard a row of the router: once rows differ, a token may get two equal halves. On MNIST "
+        "(benchmarks/results/quality_upcycle_mnist.md) that cost 9.6 % of the loss where whole copies cost 0.4 %.",
     )
 )
