@@ -122,8 +122,6 @@ class GroupLowering:
 
     def replace(self, graph: fx.GraphModule) -> dict[fx.Node, tuple[fx.Node, fx.Node]]:
         """Call the kernels instead; return position and tiles by the nodes of the offsets."""
-        import moefx.codegen.routing  # noqa: F401  (defines the operator)
-
         node = self.output
         node.args, node.kwargs = (*node.args, *node.kwargs.values()), {}
         node.target = torch.ops.moefx.grouping.default

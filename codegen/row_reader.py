@@ -129,7 +129,8 @@ class RowReader:
         if not isinstance(made, torch.Tensor) or not name:
             raise self.refuse(node, "it is no operator on rows")
         if name == "detach":
-            self.give(node, self.b.step("stop", self.read(node.args[0])), self.kinds[node.args[0]])  # type: ignore[arg-type,index]
+            source = node.all_input_nodes[0]
+            self.give(node, self.b.step("stop", self.read(source)), self.kinds[source])
         elif name in _SHAPED or name in _CASTS:
             self.keep(node, made)
         elif name in ("softmax", "log_softmax", "_softmax"):

@@ -17,6 +17,12 @@ def power_of_two(value: int, least: int = 16) -> int:
     return max(least, 1 << max(0, value - 1).bit_length())
 
 
+def column_tiles(features: int) -> Schedule:
+    """Return the tiles of a kernel whose programs copy or add up to 1024 columns of one token each."""
+    columns = min(1024, power_of_two(features))
+    return Schedule(1, columns, 16, max(1, min(4, columns // 256)), 1, 1)
+
+
 def ranked_tiles(
     target: Target, like: LinearSpec, load: int, block_m: int, widest: int, groups: int = EXPERTS
 ) -> tuple[Schedule, ...]:

@@ -36,7 +36,7 @@ class TokenGatherSpec(Kernel):
 
     def schedule(self, target: Target, load: int, block_m: int) -> Schedule:
         """Return the tiles: a program takes one token, whose sums stay in registers."""
-        return Schedule(1, self.program.block, 16, 1 if target.is_interpreter else self.program.warps(), 1, 1)
+        return self.program.tiles(target)
 
     @property
     def outputs(self) -> list[str]:

@@ -46,7 +46,7 @@ class TokenGradSpec(Kernel):
 
     def schedule(self, target: Target, load: int, block_m: int) -> Schedule:
         """Return the tiles: a program walks over the rows of a chunk and keeps the sums over them."""
-        return Schedule(1, self.program.block, 16, 1 if target.is_interpreter else self.program.warps(), 1, 1)
+        return self.program.tiles(target)
 
     @property
     def reads_rows(self) -> bool:

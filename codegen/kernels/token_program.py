@@ -12,7 +12,9 @@ from moefx.codegen.emit import operand_loads
 from moefx.codegen.kernels.tiles import power_of_two
 from moefx.codegen.pointwise import Arg, Pointwise
 from moefx.codegen.reasons import CannotLower
+from moefx.codegen.schedule import Schedule
 from moefx.codegen.spec import require_dtype
+from moefx.codegen.targets import Target
 
 #: How the shape of an operand of each kind reads.
 SHAPES = {"row": "[R, D]", "sample": "[B, D]", "column": "[D]", "token": "[R]"}
@@ -73,9 +75,10 @@ class TokenProgram:
         """Whether the block is wider than a row."""
         return self.block != self.features
 
-    def warps(self) -> int:
-        """Return the warps that share a row: about eight values per thread."""
-        return max(1, min(16, self.block // 256))
+    def tiles(self, target: Target) -> Schedule:
+        """Return the tiles of a kernel whose programs hold one row each: about eight values per thread."""
+        warps = 1 if target.is_interpreter else max(1, min(16, self.block // 256))
+        return Schedule(1, self.block, 16, warps, 1, 1)
 
     @property
     def names(self) -> list[str]:

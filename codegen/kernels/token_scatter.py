@@ -10,7 +10,7 @@ from typing import Any
 
 from moefx.codegen import _templates
 from moefx.codegen.emit import call, printed, render
-from moefx.codegen.kernels.tiles import power_of_two
+from moefx.codegen.kernels.tiles import column_tiles
 from moefx.codegen.kernels.token_program import SHAPES, TokenProgram
 from moefx.codegen.schedule import Schedule
 from moefx.codegen.spec import TRITON_TYPES, Kernel, digest
@@ -38,8 +38,7 @@ class TokenScatterSpec(Kernel):
 
     def schedule(self, target: Target, load: int, block_m: int) -> Schedule:
         """Return the tiles: one token and up to 1024 columns per program."""
-        columns = min(1024, power_of_two(self.program.features))
-        return Schedule(1, columns, 16, max(1, min(4, columns // 256)), 1, 1)
+        return column_tiles(self.program.features)
 
     def emit(self, schedule: Schedule) -> str:
         """Return the source of the kernel's module."""

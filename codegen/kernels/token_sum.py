@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moefx.codegen.emit import render
-from moefx.codegen.kernels.tiles import power_of_two
+from moefx.codegen.kernels.tiles import column_tiles
 from moefx.codegen.schedule import Schedule
 from moefx.codegen.spec import TRITON_TYPES, Kernel, require_dtype
 from moefx.codegen.targets import Target
@@ -37,8 +37,7 @@ class TokenSumSpec(Kernel):
 
     def schedule(self, target: Target, load: int, block_m: int) -> Schedule:
         """Return the tiles: one token and up to 1024 columns per program."""
-        columns = min(1024, power_of_two(self.features))
-        return Schedule(1, columns, 16, max(1, min(4, columns // 256)), 1, 1)
+        return column_tiles(self.features)
 
     def emit(self, schedule: Schedule) -> str:
         """Return the source of the kernel's module."""
