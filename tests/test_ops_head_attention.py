@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,8 @@ from torch import Tensor
 from moefx import ops
 from moefx.errors import InputError, MoefxError
 from moefx.ops.head_attention import head_attention_backward_op, head_attention_op
+
+module = importlib.import_module("moefx.ops.head_attention")
 
 
 def operands(
@@ -37,10 +41,17 @@ def dense(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, scale: float | None = 
     heads=st.integers(1, 4),
     width=st.sampled_from([1, 4, 9]),
     share=st.sampled_from([0.0, 0.3, 1.0]),
+    small=st.sampled_from([0, 2**19]),
 )
 def test_equals_dense_attention_times_gates(
-    samples: int, queries: int, keys: int, heads: int, width: int, share: float
+    samples: int, queries: int, keys: int, heads: int, width: int, share: float, small: int
 ) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_SMALL", small)  # one call for each head, or one for all
+        against_dense(samples, queries, keys, heads, width, share)
+
+
+def against_dense(samples: int, queries: int, keys: int, heads: int, width: int, share: float) -> None:
     given_ = [t.requires_grad_() for t in operands(samples, queries, keys, heads, width, share)]
     got, want = ops.head_attention(*given_), dense(*given_)
     torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-10)
@@ -51,13 +62,17 @@ def test_equals_dense_attention_times_gates(
     torch.testing.assert_close(dgates, dense_dgates * (given_[3] != 0), atol=1e-12, rtol=1e-10)
 
 
-def test_what_a_zero_gate_hides_is_never_read() -> None:
+@pytest.mark.parametrize("small", [0, 2**19])
+def test_what_a_zero_gate_hides_is_never_read(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_SMALL", small)
     q, k, v, gates = operands()
     gates[0, 3] = 0.0
     q[0, 3] = float("nan")
-    out = ops.head_attention(q, k, v, gates)
+    given_ = [t.requires_grad_() for t in (q, k, v, gates)]
+    out = ops.head_attention(*given_)
     assert torch.isfinite(out).all()
     assert not out[0, 3].any()
+    assert all(torch.isfinite(grad).all() for grad in torch.autograd.grad(out.sum(), given_))
 
 
 def test_gradients_by_differences() -> None:

@@ -18,6 +18,8 @@ from moefx.ops._checks import differ, no_double_backward, one_device, refuse
 # What F.scaled_dot_product_attention calls on a CPU; only in this form it returns the log of the sum as well.
 _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+# Multiply-adds of one head of one sample below which a call of its own costs more than it saves.
+_SMALL = 2**19
 
 
 def head_attention(
@@ -72,6 +74,8 @@ def _head_attention_cpu(
     q_BNHd: Tensor, k_BMHd: Tensor, v_BMHd: Tensor, gates_BNH: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     _check(q_BNHd, k_BMHd, v_BMHd, gates_BNH)
+    if _is_small(q_BNHd, k_BMHd):
+        return _all_heads(q_BNHd, k_BMHd, v_BMHd, gates_BNH, scale)
     out = torch.zeros(q_BNHd.shape, dtype=q_BNHd.dtype)
     lse = torch.zeros(gates_BNH.shape, dtype=torch.promote_types(q_BNHd.dtype, torch.float32))
     for b, h, chosen in _chosen(gates_BNH):
@@ -82,6 +86,19 @@ def _head_attention_cpu(
         lse[b, :, h].index_copy_(0, chosen, found.view(-1))
         out[b, :, h].index_copy_(0, chosen, (gate * o).to(out.dtype)[0, 0])
     return out, lse
+
+
+def _all_heads(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return the same with every head computed in one call, and those that nobody chose left out of the result."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out, lse = _FUSED(*(t.transpose(1, 2).to(wide) for t in (q, k, v)), scale=scale)
+    off = gates == 0
+    gated = (out.transpose(1, 2) * gates.to(wide).unsqueeze(-1)).masked_fill_(off.unsqueeze(-1), 0)
+    return gated.to(q.dtype).contiguous(), lse.transpose(1, 2).masked_fill(off, 0).contiguous()
+
+
+def _is_small(q_BNHd: Tensor, k_BMHd: Tensor) -> bool:
+    return k_BMHd.numel() > 0 and q_BNHd.shape[1] * k_BMHd.shape[1] * q_BNHd.shape[3] < _SMALL
 
 
 @head_attention_op.register_fake
@@ -120,6 +137,8 @@ def head_attention_backward_op(
 def _backward_cpu(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if _is_small(q, k):
+        return _all_heads_backward(grad, q, k, v, gates, out, lse, scale)
     dq, dk, dv, dgates = (torch.zeros(t.shape, dtype=t.dtype) for t in (q, k, v, gates))
     for b, h, chosen in _chosen(gates if k.numel() else gates[:0]):
         q_, k_, v_, gate = _of_head(q, k, v, gates, b, h, chosen)
@@ -132,6 +151,21 @@ def _backward_cpu(
         dk[b, :, h], dv[b, :, h] = parts[1][0, 0], parts[2][0, 0]
         dgates[b, :, h].index_copy_(0, chosen, (g * o).sum(-1).view(-1).to(dgates.dtype))
     return dq, dk, dv, dgates
+
+
+def _all_heads_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    g, q_, k_, v_, o = (t.transpose(1, 2).to(wide) for t in (grad, q, k, v, out))
+    gate = gates.transpose(1, 2).to(wide).unsqueeze(-1)
+    off = gate == 0
+    # A head's weights are exp(logits - lse): with an infinite lse they are 0, as those of a head that is off must be.
+    sums = lse.transpose(1, 2).masked_fill(off.squeeze(-1), torch.inf)
+    o = (o / gate).masked_fill_(off, 0)
+    found = _FUSED_BACKWARD((g * gate).contiguous(), q_.masked_fill(off, 0), k_, v_, o, sums, 0.0, False, scale=scale)
+    dq, dk, dv = (t.transpose(1, 2).to(q.dtype).contiguous() for t in found)
+    return dq, dk, dv, (g * o).sum(-1).transpose(1, 2).to(gates.dtype).contiguous()
 
 
 @head_attention_backward_op.register_fake
