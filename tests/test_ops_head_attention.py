@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -89,15 +92,41 @@ def test_operator_keeps_the_rules_of_custom_operators(dtype: torch.dtype) -> Non
     torch.library.opcheck(torch.ops.moefx.head_attention, (*given_, 0.5), test_utils=tests)
 
 
-def test_the_device_forms_give_the_same() -> None:
+@pytest.mark.parametrize("logits", [1, 100, 2**24])
+def test_the_device_forms_give_the_same(logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The dense forms, for devices on which reading a gate would stall the queue, run on CPU as well."""
+    monkeypatch.setattr(module, "_LOGITS", logits)  # one query, three or all of them at a time
     q, k, v, gates = operands()
+    gates[0, 3] = 0.0
+    q[0, 3] = float("nan")
     raw = torch.ops.moefx.head_attention.default
     out, lse = raw(q, k, v, gates, 0.5)
     torch.testing.assert_close(head_attention_op._init_fn(q, k, v, gates, 0.5), (out, lse))
     grad = torch.randn_like(out)
     want = torch.ops.moefx.head_attention_backward(grad, q, k, v, gates, out, lse, 0.5)
     torch.testing.assert_close(head_attention_backward_op._init_fn(grad, q, k, v, gates, out, lse, 0.5), tuple(want))
+
+
+def peak(run: Callable[[], Any]) -> int:
+    """Return the bytes of tensors, also those inside of kernels, that a call holds at most beyond its inputs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    assert profile.profiler is not None
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: int(e.start_ns()))))
+
+
+def test_memory_does_not_grow_with_queries_times_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, gates = (t.float() for t in operands(1, 2048, 2048, 2, 16))
+    logits = 2048 * 2048 * 4  # of one head
+    free = [t.requires_grad_() for t in (q, k, v, gates)]
+    assert peak(lambda: torch.autograd.grad(ops.head_attention(*free).sum(), free)) < logits / 4
+
+    monkeypatch.setattr(module, "_LOGITS", 2**16)
+    given_ = [t.detach() for t in free]
+    out, lse = head_attention_op._init_fn(*given_, 0.25)
+    assert peak(lambda: head_attention_op._init_fn(*given_, 0.25)) < logits / 4
+    assert peak(lambda: head_attention_backward_op._init_fn(out, *given_, out, lse, 0.25)) < logits / 4
 
 
 def test_export_and_compile() -> None:

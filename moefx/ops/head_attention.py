@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moefx.ops._checks import differ, no_double_backward, one_device, refuse
@@ -20,6 +19,9 @@ _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 # Multiply-adds of one head of one sample below which a call of its own costs more than it saves.
 _SMALL = 2**19
+
+# Logits that the dense form holds at a time, whatever the number of tokens: 64 MiB in float32.
+_LOGITS = 2**24
 
 
 def head_attention(
@@ -59,14 +61,17 @@ def head_attention_op(
 ) -> tuple[Tensor, Tensor]:
     """Attend with all heads and gate them, on a device whose emitted kernel is not in use: the same result."""
     _check(q_BNHd, k_BMHd, v_BMHd, gates_BNH)
-    q, k, v = (t.transpose(1, 2) for t in (q_BNHd, k_BMHd, v_BMHd))
-    wide = torch.promote_types(q.dtype, torch.float32)
-    logits = (q.to(wide) @ k.to(wide).mT) * scale
-    lse_BNH = logits.logsumexp(-1).transpose(1, 2)
-    out_BNHd = F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
-    chosen = gates_BNH != 0
-    gated = (out_BNHd.to(wide) * gates_BNH.to(wide).unsqueeze(-1)).masked_fill_(~chosen.unsqueeze(-1), 0)
-    return gated.to(q.dtype).contiguous(), lse_BNH.masked_fill(~chosen, 0).contiguous()
+    lse_BNH = q_BNHd.new_empty(gates_BNH.shape, dtype=torch.promote_types(q_BNHd.dtype, torch.float32))
+    out_BNHd = q_BNHd.new_empty(q_BNHd.shape)
+    k, v = (_head_first(t, lse_BNH.dtype) for t in (k_BMHd, v_BMHd))
+    for part in _parts(q_BNHd, k_BMHd):
+        gate = _head_first(gates_BNH[:, part], lse_BNH.dtype).unsqueeze(-1)
+        weights = (_head_first(q_BNHd[:, part], lse_BNH.dtype) @ k.mT).mul_(scale)
+        lse = weights.logsumexp(-1, keepdim=True)
+        gated = (weights.sub_(lse).exp_() @ v).mul_(gate).masked_fill_(gate == 0, 0)
+        out_BNHd[:, part] = gated.transpose(1, 2)
+        lse_BNH[:, part] = lse.masked_fill(gate == 0, 0).squeeze(-1).transpose(1, 2)
+    return out_BNHd, lse_BNH
 
 
 @head_attention_op.register_kernel("cpu")
@@ -120,17 +125,24 @@ def head_attention_backward_op(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients, by dense products, on a device whose emitted kernel is not in use."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    g, q_, k_, v_ = (t.transpose(1, 2).to(wide) for t in (grad, q, k, v))
-    gate = gates.transpose(1, 2).to(wide).unsqueeze(-1)
-    weights = torch.exp((q_ @ k_.mT) * scale - lse.transpose(1, 2).unsqueeze(-1))
-    weights = weights.masked_fill_(gate == 0, 0)
-    dots = g @ v_.mT
-    dgates = (weights * dots).sum(-1, keepdim=True)
-    ds = weights * gate * (dots - dgates) * scale
-    found = (ds @ k_, ds.mT @ q_, weights.mT @ (g * gate))
-    dq, dk, dv = (t.transpose(1, 2).to(q.dtype).contiguous() for t in found)
-    return dq, dk, dv, dgates.squeeze(-1).transpose(1, 2).to(gates.dtype).contiguous()
+    wide = lse.dtype
+    dq, dgates = q.new_empty(q.shape), gates.new_empty(gates.shape)
+    k_, v_ = _head_first(k, wide), _head_first(v, wide)
+    dk, dv = torch.zeros_like(k_), torch.zeros_like(v_)
+    for part in _parts(q, k):
+        gate = _head_first(gates[:, part], wide).unsqueeze(-1)
+        q_ = _head_first(q[:, part], wide).masked_fill(gate == 0, 0)
+        g = _head_first(grad[:, part], wide)
+        weights = (q_ @ k_.mT).mul_(scale).sub_(_head_first(lse[:, part], wide).unsqueeze(-1)).exp_()
+        weights.masked_fill_(gate == 0, 0)
+        dv += weights.mT @ (g * gate)
+        ds = g @ v_.mT
+        dgate = (weights * ds).sum(-1, keepdim=True)
+        ds = ds.sub_(dgate).mul_(weights).mul_(gate * scale)
+        dk += ds.mT @ q_
+        dq[:, part] = (ds @ k_).transpose(1, 2)
+        dgates[:, part] = dgate.squeeze(-1).transpose(1, 2)
+    return dq, *(t.transpose(1, 2).to(q.dtype).contiguous() for t in (dk, dv)), dgates
 
 
 @head_attention_backward_op.register_kernel("cpu")
@@ -173,6 +185,18 @@ def _backward_fake(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(t.shape) for t in (q, k, v, gates))
+
+
+def _parts(q_BNHd: Tensor, k_BMHd: Tensor) -> list[slice]:
+    """Cut the queries so that the logits of a part stay below _LOGITS; sizes alone decide."""
+    samples, queries, heads, _ = q_BNHd.shape
+    step = max(1, _LOGITS // max(1, samples * heads * k_BMHd.shape[1]))
+    return [slice(start, min(start + step, queries)) for start in range(0, queries, step)]
+
+
+def _head_first(values_BNH: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``[B, N, H, ...]`` as ``[B, H, N, ...]``."""
+    return values_BNH.transpose(1, 2).to(dtype)
 
 
 def _chosen(gates_BNH: Tensor) -> Iterator[tuple[int, int, Tensor]]:
