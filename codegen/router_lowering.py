@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
-from moefx import ops
+from moefx.codegen.calls import calls
 from moefx.codegen.kernels.grouping import MOST_EXPERTS, GroupingSpec
 from moefx.codegen.kernels.router import RouterGradSpec, RouterSpec
 from moefx.codegen.pointwise import Arg
@@ -154,13 +154,6 @@ def feeds_routing(choice: fx.Node) -> bool:
                 seen.add(user)
                 pending.append(user)
     return False
-
-
-def calls(node: Any, name: str) -> bool:
-    """Whether a node calls a dialect operator, in any spelling."""
-    packet = getattr(torch.ops.moefx, name)
-    spellings = (packet, packet.default, getattr(ops, name))
-    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in spellings
 
 
 def is_choice(node: fx.Node) -> bool:

@@ -14,6 +14,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from moefx import ops
 from moefx.codegen import Lowering, Refusal, describe, replace
 from moefx.codegen import lowerings as everything
+from moefx.codegen.calls import site_of
 from moefx.graph import trace
 from moefx.routing import Experts, activation, random_weights
 from tests.routed_toy import RoutedFFN
@@ -246,8 +247,6 @@ def test_an_expression_that_is_not_zero_at_zero_stays_before_the_combine() -> No
 
 
 def test_sites_are_named_as_in_the_model() -> None:
-    from moefx.codegen.lower import _site
-
     node = fx.Graph().placeholder("x")
     node.meta["nn_module_stack"] = {"0": ("L['self'].__dict__['_modules']['blocks'].0", nn.Linear)}
-    assert _site(node) == "blocks.0"
+    assert site_of(node) == "blocks.0"
