@@ -179,6 +179,29 @@ def test_lora_on_stacked_experts(name: str) -> None:
     torch.testing.assert_close(output_of(merged, inputs), changed, rtol=1e-4, atol=1e-5)
 
 
+def test_adapters_and_weights_of_the_other_orientation_are_refused(tmp_path: Any) -> None:
+    """vLLM issue 52198: adapters of stacked experts were turned, or left out, without a word."""
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    model = routed_model(DIT)
+    state = model.state_dict()
+    turned = {key: value.mT.contiguous() if key.endswith("experts.w_in") else value for key, value in state.items()}
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict(turned)
+    with pytest.raises(moefx.MoefxError, match=r"experts\.w_in is \[.*the model's is"):
+        moefx.save(model, tmp_path / "model", state_dict=turned)
+    targets = [key for key, _ in model.named_parameters() if key.endswith("experts.w_in")]
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=targets))
+    adapter = get_peft_model_state_dict(adapted)
+    twin = {key: key.translate(str.maketrans("AB", "BA")) for key in adapter}
+    other = {key: adapter[twin[key]].mT.contiguous() for key in adapter}
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        set_peft_model_state_dict(adapted, other)
+    assert not set_peft_model_state_dict(adapted, adapter).unexpected_keys
+    strange = {key.replace("ff", "ffn"): value for key, value in adapter.items()}
+    assert set_peft_model_state_dict(adapted, strange).unexpected_keys
+
+
 def test_adapters_are_saved_apart(tmp_path: Any) -> None:
     from peft import LoraConfig
 

@@ -155,6 +155,11 @@ def _collect(model: nn.Module, given: Mapping[str, Tensor] | None) -> tuple[dict
                 found=f"{name} is split over processes",
                 do="gather with torch.distributed.checkpoint.state_dict.get_model_state_dict and pass state_dict=",
             )
+        shape, wanted, stacked = list(value.shape), list(own[name].shape), int(value.ndim > 2)
+        # A stack may hold more experts than this process does.
+        if shape[stacked:] != wanted[stacked:]:
+            do = "pass weights of this model, experts as [experts, out, in]"
+            raise InputError(asked, found=f"{name} is {shape}, the model's is {wanted}", do=do)
         detached = value.detach()
         key = (detached.device, detached.data_ptr(), detached.shape, detached.stride(), detached.dtype)
         if detached.numel() and key in first:
