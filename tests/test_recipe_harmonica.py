@@ -165,17 +165,23 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert torch.equal(again.result, model.result)
 
 
-def test_a_cached_layer_compiles_whole() -> None:
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at what is kept
+@pytest.mark.parametrize("training", [False, True])
+def test_a_cached_layer_compiles_whole_and_no_step_compiles_again(training: bool) -> None:
+    torch._dynamo.reset()
     model = dit()
-    moefx.transform(model, steps()[0], recipe="harmonica", steps=STEPS, period=2)
-    layer = model.blocks[0].mlp
+    moefx.transform(model, steps()[0], recipe="harmonica", steps=12, period=3)
+    layer = model.blocks[0].mlp.train(training)
+    plain = copy.deepcopy(layer)
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
-    with torch.no_grad(), StepCaches(layer) as caches:
+    with torch.set_grad_enabled(training), StepCaches(layer) as caches, StepCaches(plain) as others:
         x = torch.randn(2, 16, 64).double()
-        for i in range(4):
+        for i in range(12):
             caches.step(i)
-            kept = compiled(x + i)
-            torch.testing.assert_close(kept, model.blocks[0].mlp.fc2(layer.act(layer.fc1(x + i - i % 2))))
+            others.step(i)
+            # The first step, one that runs and one that does not: three graphs for all there are.
+            with torch._dynamo.config.patch(error_on_recompile=i > 3):
+                torch.testing.assert_close(compiled(x + i), plain(x + i))
 
 
 def test_nonsense_is_refused() -> None:

@@ -58,15 +58,26 @@ class StepCache(KeepFloat32):
         self.table = nn.Parameter(torch.where(on, start, -start).to(torch.float32).to(device))
         self.step: int | None = None
         self.branch = ""
+        # What forward reads of the step, in forms that a compiled graph serves at every step.
+        self._caching, self._due, self._index = False, True, torch.zeros((), dtype=torch.int64)
         self._kept: dict[str, Any] = {}
         self._runs: list[bool] = []
 
+    def at(self, step: int | None, branch: str = "") -> None:
+        """Say which step the next call is; None for none, where nothing is cached."""
+        self.step, self.branch, self._caching = step, branch, step is not None
+        if step == 0:
+            self._kept.pop(branch, None)
+        if step is not None:
+            self._due = self._runs[step]
+            self._index = torch.full((), step, dtype=torch.int64, device=self.table.device)
+
     def forward(self, compute: Callable[[], Any]) -> Any:
         """Return what ``compute()`` returns now, or returned before."""
-        if self.step is None:
+        if not self._caching:
             return compute()
-        forced = self.step == 0 or self.branch not in self._kept
-        runs = forced or self._runs[self.step]
+        forced = self.branch not in self._kept
+        runs = forced or self._due
         learns = self.training and torch.is_grad_enabled() and self.table.requires_grad
         if not learns and not runs:
             return self._kept[self.branch]
@@ -77,17 +88,18 @@ class StepCache(KeepFloat32):
         cached = self._kept[self.branch]
         if runs:
             self._kept[self.branch] = fresh
-        w = torch.sigmoid(self.table[self.step])
+        w = torch.sigmoid(self.table.index_select(0, self._index.view(1)).squeeze(0))
         g = float(runs) + (w - w.detach())
         return pytree.tree_map(lambda new, old: new * g.to(new.dtype) + old * (1 - g).to(old.dtype), fresh, cached)
 
     def clear(self) -> None:
         """Forget what was kept, and read the table."""
-        self.step, self.branch, self._kept = None, "", {}
+        self.at(None)
+        self._kept = {}
         self._runs = (torch.sigmoid(self.table.detach()) > self.threshold).tolist()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"step": None, "_kept": {}}
+        return self.__dict__ | {"step": None, "_caching": False, "_kept": {}}
 
     def extra_repr(self) -> str:
         """Describe the cache in ``print(model)``."""
@@ -126,7 +138,7 @@ class StepCaches:
         if not 0 <= index < steps:
             raise InputError(f"run step {index}", found=f"tables of {steps} steps", do="transform with steps=…")
         for cache in self.caches:
-            cache.step, cache.branch = index, branch
+            cache.at(index, branch)
 
     def clear(self) -> None:
         """Begin a run: forget what was kept, and read the tables again."""
