@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,18 @@ def check_learns(model: nn.Module, name: str, *, training: bool, routers: bool =
             assert any(key.startswith(("router", "inner.router")) for key in moved), path
     model.zero_grad(set_to_none=True)
     model.eval()
+
+
+def check_agree(found: Tensor, wanted: Tensor, learnt: Iterable[Tensor], bound: float = 1e-10) -> None:
+    """Two results over the same leaves are equal, and so are the gradients of a weighted sum of them."""
+    assert found.shape == wanted.shape
+    assert error(found, wanted) <= bound
+    leaves = list(learnt)
+    weight = torch.linspace(-1, 1, found.numel(), dtype=found.dtype).view_as(found).cos()
+    ours, theirs = (torch.autograd.grad((y * weight).sum(), leaves) for y in (found, wanted))
+    for one, two in zip(ours, theirs, strict=True):
+        assert bool(two.any())
+        assert error(one, two) <= bound
 
 
 def captured(model: nn.Module, name: str, path: str, batch: int) -> tuple[Any, ...]:

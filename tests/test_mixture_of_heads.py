@@ -12,6 +12,7 @@ from moefx import zoo
 from moefx.api import plan, transform, untransform
 from moefx.errors import NothingMatched, OptionError
 from moefx.graph.inputs import synthesise
+from tests.recipe_support import check_agree
 
 NAMES = ["DiTTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel", "UNet2DConditionModel"]
 
@@ -31,18 +32,18 @@ def test_an_attention_follows_the_equation() -> None:
     inputs = (torch.randn(2, 1, 8, 8).double(), torch.tensor([0.2, 0.9]).double(), torch.tensor([3, 7]))
     options = {"shared_heads": 1, "active_heads": 2, "router_std": 1.0, "max_error": 10.0}
     transform(model, inputs, recipe="mixture-of-heads", **options)
-    attention = model.blocks[1].attn
+    attention = model.double().blocks[1].attn
     gate = attention.head_gate
-    x = torch.randn(2, 16, 64).double()
+    x = torch.randn(2, 16, 64).double().requires_grad_()
     q, k, v = attention.qkv(x).reshape(2, 16, 3, 4, 16).permute(2, 0, 3, 1, 4)
     heads = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    logits = x @ gate.routed_weight.double().T
+    logits = x @ gate.routed_weight.T
     kept = logits.topk(2).indices
     routed = torch.zeros_like(logits).scatter(-1, kept, logits.gather(-1, kept).softmax(-1) * 2)
-    balance = (x @ gate.balance_weight.double().T).softmax(-1) * 2
+    balance = (x @ gate.balance_weight.T).softmax(-1) * 2
     gates = torch.cat([balance[..., :1], balance[..., 1:] * routed], dim=-1)
     wanted = attention.proj((heads * gates.unsqueeze(-1)).reshape(2, 16, 64))
-    torch.testing.assert_close(attention(x), wanted, rtol=1e-10, atol=1e-12)
+    check_agree(attention(x), wanted, [x, gate.routed_weight, gate.balance_weight, attention.qkv.weight])
 
 
 def test_gates_learn_and_undo_is_bitwise() -> None:

@@ -17,6 +17,7 @@ from moefx.graph.inputs import synthesise
 from moefx.passes.rewrite import mixture_of_heads
 from moefx.routing.heads import HeadGate, QueryGate
 from moefx.routing.threshold import ThresholdGate
+from tests.recipe_support import check_agree
 
 NAMES = [
     "DiTTransformer2DModel",
@@ -50,36 +51,41 @@ def test_with_everything_on_it_is_the_dense_model(name: str, recipe: str) -> Non
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in routers.values())
 
 
-def test_switched_heads_and_channels_follow_the_equations() -> None:
+@pytest.mark.parametrize("recipe", ["dydit", "dydit-heads"])
+def test_switched_heads_and_channels_follow_the_equations(recipe: str) -> None:
     model = dit()
-    moefx.transform(model, INPUTS, recipe="dydit", groups=4)
-    block = model.blocks[1]
+    moefx.transform(model, INPUTS, recipe=recipe, **({"groups": 4} if recipe == "dydit" else {}))
+    block = model.double().blocks[1]
     heads, ffn = block.attn.head_gate, block.mlp
-    for gate in (heads, ffn.gate):
+    switches = [heads, ffn.gate] if recipe == "dydit" else [heads]
+    for gate in switches:
         torch.nn.init.normal_(gate.router.bias, generator=torch.Generator().manual_seed(3))
         torch.nn.init.normal_(gate.router.tap_weight, std=0.5, generator=torch.Generator().manual_seed(4))
-    x, c = torch.randn(2, 16, 64).double(), torch.randn(2, 64).double()
-    with torch.no_grad():
-        found = block(x, c)
+    x, c = torch.randn(2, 16, 64).double().requires_grad_(), torch.randn(2, 64).double().requires_grad_()
 
-        def gates(gate: ThresholdGate) -> torch.Tensor:
-            z = c @ gate.router.tap_weight.double().T + gate.router.bias.double()
-            return torch.cat([torch.ones(2, 1), (z > 0).double()], dim=-1)
+    def gates(gate: ThresholdGate) -> torch.Tensor:
+        z = c @ gate.router.tap_weight.T + gate.router.bias
+        y = torch.sigmoid(z / 5)
+        return torch.cat([torch.ones(2, 1), (z > 0) + y - y.detach()], dim=-1)
 
-        assert 0 < gates(heads)[:, 1:].mean() < 1
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = block.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=-1)
-        attention = model.blocks[1].attn
-        q, k, v = (
-            attention.qkv(block.norm1(x) * (1 + scale_a) + shift_a).reshape(2, 16, 3, 4, 16).permute(2, 0, 3, 1, 4)
-        )
-        heads_out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2) * gates(heads)[:, None, :, None]
-        wanted = x + gate_a * attention.proj(heads_out.reshape(2, 16, 64))
+    assert 0 < (gates(heads)[:, 1:] > 0.5).double().mean() < 1
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = block.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=-1)
+    q, k, v = block.attn.qkv(block.norm1(x) * (1 + scale_a) + shift_a).reshape(2, 16, 3, 4, 16).permute(2, 0, 3, 1, 4)
+    heads_out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2) * gates(heads)[:, None, :, None]
+    wanted = x + gate_a * block.attn.proj(heads_out.reshape(2, 16, 64))
+    h = block.norm2(wanted) * (1 + scale_m) + shift_m
+    if recipe == "dydit":
         mask = gates(ffn.gate).repeat_interleave(64, dim=-1)[:, None]
-        hidden = F.gelu(
-            ((block.norm2(wanted) * (1 + scale_m) + shift_m) @ ffn.w_in.T + ffn.b_in) * mask, approximate="tanh"
-        )
+        hidden = F.gelu((h @ ffn.w_in.T + ffn.b_in) * mask, approximate="tanh")
         wanted = wanted + gate_m * (hidden @ ffn.w_out.T + ffn.b_out)
-    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+        weights = [ffn.w_in, ffn.w_out, ffn.b_out]
+    else:
+        wanted = wanted + gate_m * (F.gelu(ffn.fc1(h), approximate="tanh") @ ffn.fc2.weight.T + ffn.fc2.bias)
+        weights = [ffn.fc1.weight, ffn.fc2.weight]
+    routers = [p for gate in switches for p in gate.router.parameters()]
+    check_agree(block(x, c), wanted, [x, c, *routers, *weights, block.attn.qkv.weight, block.attn.proj.weight])
+    with torch.no_grad():  # what is off is cut out
+        torch.testing.assert_close(block(x, c), wanted, rtol=1e-10, atol=1e-12)
 
 
 def test_heads_with_long_queries_follow_the_equation() -> None:
@@ -87,13 +93,16 @@ def test_heads_with_long_queries_follow_the_equation() -> None:
     moefx.transform(model, INPUTS, recipe="moh-tuning", max_error=10.0)
     attention = model.blocks[1].attn
     assert isinstance(attention.head_gate, QueryGate)
-    x = torch.randn(2, 16, 64).double()
+    x = torch.randn(2, 16, 64).double().requires_grad_()
     q, k, v = attention.qkv(x).reshape(2, 16, 3, 4, 16).permute(2, 0, 3, 1, 4)
     heads = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    longer = q.norm(dim=-1)[:, 2] >= q.norm(dim=-1)[:, 3]  # heads 0 and 1 are shared, one of the other two is on
-    gates = torch.stack([torch.ones(2, 16), torch.ones(2, 16), longer, ~longer], dim=-1).double()
+    length = q.square().sum(-1).sqrt()[:, 2:].transpose(1, 2)  # heads 0 and 1 are shared, one of the other two is on
+    spread = (length[..., :1] - length[..., 1:]).abs() / 2**0.5
+    p = (length / spread).softmax(-1)
+    on = torch.stack([length[..., 0] >= length[..., 1], length[..., 0] < length[..., 1]], dim=-1)
+    gates = torch.cat([torch.ones(2, 16, 2), on * (1 + p - p.detach())], dim=-1)
     wanted = attention.proj((heads * gates.unsqueeze(-1)).reshape(2, 16, 64))
-    torch.testing.assert_close(attention(x), wanted, rtol=1e-10, atol=1e-12)
+    check_agree(attention(x), wanted, [x, attention.qkv.weight, attention.proj.weight])
 
 
 def test_queries_are_read_before_norm_and_rotation() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -20,20 +20,27 @@ NAME = "blocks.1.mlp"
 
 
 def compare(
-    routed: RoutedFFN, plain: Plain, reference: Callable[[Tensor], Tensor], *, scaled: bool = False, tokens: int = 20
+    routed: RoutedFFN,
+    plain: Plain,
+    reference: Callable[[Tensor], Tensor],
+    *,
+    routers: Iterable[Tensor] = (),
+    tokens: int = 20,
 ) -> None:
-    """Forward and gradients to 1e-10; weight gradients are those of the same neurons."""
+    """Forward and gradients to 1e-10; weight gradients are those of the same neurons. Both sides read ``routers``."""
     x = torch.randn(2, tokens // 2, 16, generator=torch.Generator().manual_seed(5), dtype=F64)
     one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
     found = routed(one)
     wanted = torch.stack([reference(t) for t in two.reshape(-1, 16)]).view(x.shape)
     assert relative(found, wanted) < 1e-10
     weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(6), dtype=F64)
+    leaves = list(routers)
+    ours = torch.autograd.grad((found * weight).sum(), leaves, retain_graph=True) if leaves else ()
+    theirs = torch.autograd.grad((wanted * weight).sum(), leaves, retain_graph=True) if leaves else ()
+    assert all(bool(b.any()) and relative(a, b) < 1e-10 for a, b in zip(ours, theirs, strict=True))
     (found * weight).sum().backward()
     (wanted * weight).sum().backward()
     assert relative(one.grad, two.grad) < 1e-10
-    if scaled:
-        return
     order, experts = routed.neurons, getattr(routed.experts, "experts", routed.experts)
     parts = [routed.shared] if routed.shared is not None else []
     mine = torch.cat([*(p.w_in.grad for p in parts), experts.w_in.grad.flatten(0, 1)])
@@ -75,15 +82,15 @@ def test_dense2moe() -> None:
     assert set(shared.tolist()) == set(ranks[:16].tolist())
     for e, part in enumerate(parts):
         assert set(part.tolist()) == set(ranks[16 + e :: 12].tolist())
-    W = routed.router.weight.detach().double()
-    assert 0.01 < float(W.std()) < 0.03
+    W = routed.router.double().weight
+    assert 0.01 < float(W.detach().std()) < 0.03
 
     def reference(x: Tensor) -> Tensor:
         p = (W @ x).softmax(0)
         best = sorted(range(12), key=lambda e: (-float(p[e].detach()), e))[:2]
         return plain.part(x, shared) + sum(12 * p[e] * plain.part(x, parts[e]) for e in best) + plain.b2
 
-    compare(routed, plain, reference)
+    compare(routed, plain, reference, routers=[W])
     # The router learns in training and in evaluation mode.
     for mode in (True, False):
         model.zero_grad()
@@ -163,20 +170,20 @@ def test_cmoe() -> None:
     typical = [min(p.tolist(), key=lambda n, p=p: float((marks.T[n] - marks.T[p].mean(0)).abs().sum())) for p in parts]
     length = plain.w1[typical].norm(dim=1).detach()
     row, bias = plain.w1[typical].detach() / length[:, None], plain.b1[typical].detach() / length
-    u = torch.tensor([-1.0, -0.5, 0.25, 0.5, 0.75, 1.0], dtype=F64)  # exact in float32, as the layer keeps it
+    u = torch.tensor([-1.0, -0.5, 0.25, 0.5, 0.75, 1.0], dtype=F64)
     with torch.no_grad():
-        routed.gate_scale.copy_(u)
-        routed.router.scorer.double()
+        routed.double().gate_scale.copy_(u)
         routed.router.scorer.w_up.copy_(row)
         routed.router.scorer.b_up.copy_(bias)
+    learnt = [routed.router.scorer.w_up, routed.router.scorer.b_up, routed.gate_scale]
 
     def reference(x: Tensor) -> Tensor:
-        s = gelu(row @ x + bias).abs()
+        s = gelu(learnt[0] @ x + learnt[1]).abs()
         p = s.softmax(0)
         best = sorted(range(6), key=lambda e: (-float(s[e].detach()), e))[:2]
-        return plain.part(x, shared) + sum((1 + u[e] * p[e]) * plain.part(x, parts[e]) for e in best) + plain.b2
+        return plain.part(x, shared) + sum((1 + learnt[2][e] * p[e]) * plain.part(x, parts[e]) for e in best) + plain.b2
 
-    compare(routed, plain, reference)
+    compare(routed, plain, reference, routers=learnt)
     assert routed.selection_bias is not None
 
 
@@ -198,7 +205,7 @@ def test_read_me() -> None:
     for e in range(3):
         mean = h[:, 2 * e : 2 * e + 2].mean((0, 1, 2))
         assert set(layer.subsets[e].tolist()) == set(mean.topk(32).indices.tolist())
-    W, b = layer.router.weight.detach().double(), layer.router.bias.detach().double()
+    W, b = layer.router.double().weight, layer.router.bias
 
     def reference(sample: Tensor) -> Tensor:
         logits = W @ sample.mean(0) + b
@@ -211,11 +218,12 @@ def test_read_me() -> None:
     one, two = samples.clone().requires_grad_(), samples.clone().requires_grad_()
     found, wanted = layer(one), torch.stack([reference(s) for s in two])
     assert relative(found, wanted) < 1e-10
+    ours, theirs = (torch.autograd.grad(y.square().sum(), [W, b], retain_graph=True) for y in (found, wanted))
+    assert all(bool(g.any()) and relative(f, g) < 1e-10 for f, g in zip(ours, theirs, strict=True))
     found.square().sum().backward()
     wanted.square().sum().backward()
     assert relative(one.grad, two.grad) < 1e-10
     assert relative(layer.ffn.w_in.grad, plain.w1.grad) < 1e-10
-    assert layer.router.weight.grad.norm() > 0
     # The router tells the noise level of samples it saw: better than a guess.
     level = torch.arange(24) % 6 // 2
     told = (x.view(24, 16, 16).mean(1) @ W.T + b).argmax(1)
