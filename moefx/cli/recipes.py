@@ -56,6 +56,7 @@ def _data(recipe: Recipe) -> dict[str, Any]:
         "equation": recipe.equation,
         "notes": recipe.notes,
         "choices": dataclasses.asdict(recipe.choices),
+        "waives": dict(recipe.waives),
         "passes": {name: dict(chosen) for name, chosen in recipe.passes.items()},
         "options": options_of(recipe),
     }
@@ -69,6 +70,7 @@ def _one(recipe: Recipe) -> str:
     lines = [f"{recipe.name}: {recipe.summary}"]
     facts = {"paper": recipe.paper, "equation": recipe.equation, "notes": recipe.notes}
     facts["aliases"] = ", ".join(recipe.aliases)
+    facts["waives"] = "; ".join(f"{rule}: {why}" for rule, why in recipe.waives.items())
     for title, text in facts.items():
         lines += wrap(f"  {title:<9} {text}", " " * 12) if text else []
     choices = [(key.replace("_", " "), value) for key, value in dataclasses.asdict(recipe.choices).items()]

@@ -14,9 +14,19 @@ Published ways to route a diffusion model, each a few choices over one set of bl
 `moefx recipes --markdown --out docs/recipes.md` from the recipe files.
 
 `moefx.transform(model, recipe="name", option=value)` applies one; `moefx recipes NAME` shows its options. *Start* is
-what the rewritten model computes before training, against the dense one. *Batch* says whether a sample's result is the
-same whatever else is in its batch.
+what the rewritten model computes before training, against the dense one. *Router* says where the router's weights come
+from: *learned* by a task loss, in training and in evaluation mode; *fitted* before training; *none*, nothing to learn.
+*Batch* says whether a sample's result is the same whatever else is in its batch.
+
+Every recipe can be saved and loaded, exports and compiles as one graph that serves other batch sizes and steps, and
+lets no value of the routed path reach the host; what one cannot keep is said at its end.
 """
+
+WAIVED = {
+    "gradient": "the router learns whenever the model is called",
+    "host": "no value reaches the host",
+    "graph": "one graph for every call",
+}
 
 
 def options_of(recipe: Recipe) -> list[dict[str, Any]]:
@@ -63,4 +73,5 @@ def _section(recipe: Recipe) -> str:
         f"```text\n{recipe.equation}\n```\n",
         f"Passes: {passes}.\n",
     ]
-    return "\n".join([*parts, *([f"{recipe.notes}\n"] if recipe.notes else [])])
+    parts += [f"{recipe.notes}\n"] if recipe.notes else []
+    return "\n".join([*parts, *(f"Not kept: {WAIVED[rule]}, because {why}.\n" for rule, why in recipe.waives.items())])

@@ -28,6 +28,7 @@ RECIPE = register_recipe(
             experts="FFN copies",
             combine="hard switch",
             start="equal",
+            router="none",
         ),
         notes="The paper weighs the losses of the intervals in one network; here each interval has an FFN of its own, "
         "and weighing is left to the trainer (moefx.routing.intervals.interval_index). noise_schedule= says whose "

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, Literal
 
 from moefx.errors import OptionError, nearest
 from moefx.passes.rewrite.base import Pass, get_pass
+
+Rule = Literal["gradient", "host", "graph"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,8 @@ class Choices:
         combine: how results meet.
         losses: auxiliary terms, schedules and bias updates.
         start: what the rewritten model computes before training, against the dense one.
+        router: where the router's weights come from. ``learned``: a task loss moves them, in training and in evaluation
+            mode; ``fitted``: before training, and hard gates send them no gradient; ``none``: it has no weights.
         batch_invariant: whether a sample's result is the same whatever else is in its batch.
     """
 
@@ -38,6 +42,7 @@ class Choices:
     combine: str = "weighted sum"
     losses: str = "none"
     start: str
+    router: Literal["learned", "fitted", "none"] = "learned"
     batch_invariant: bool = True
 
 
@@ -54,6 +59,8 @@ class Recipe:
         choices: its row in the table of recipes.
         notes: choices made where the source is silent, and what of the released code is not reproduced.
         aliases: short names.
+        waives: which of the rules for all recipes this one cannot keep, and why: ``gradient`` (the router learns by
+            calling the model), ``host`` (no value reaches Python), ``graph`` (one graph for every call).
     """
 
     name: str
@@ -64,6 +71,7 @@ class Recipe:
     choices: Choices
     notes: str = ""
     aliases: tuple[str, ...] = field(default=())
+    waives: Mapping[Rule, str] = field(default_factory=dict)
 
 
 ENTRY_POINTS = "moefx.recipes"

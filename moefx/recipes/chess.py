@@ -18,6 +18,7 @@ RECIPE = register_recipe(
             experts="single neurons",
             combine="mask",
             start="approximate",
+            router="none",
         ),
         notes="Without a gate E[u_i^2] is 1, which is one threshold for all neurons of a layer (CATS). Where the "
         "raw timestep is in sight, timestep_thresholds gives a threshold per noise level, which is ours. "

@@ -18,6 +18,7 @@ RECIPE = register_recipe(
             experts="attention mechanism",
             combine="hard switch",
             start="approximate; equal once the radius covers the grid",
+            router="none",
         ),
         notes="The grid of the image tokens is the latent's over the patch size; where a pipeline packs latents into "
         "tokens itself, as for FLUX, a square is taken, or grid=[height, width]. On videos the disc is a ball. "

@@ -28,6 +28,7 @@ RECIPE = register_recipe(
             experts="FFN slices (balanced k-means of weight rows)",
             losses="squared error of predicted norms, before training",
             start="equal at tau = 1",
+            router="fitted",
         ),
         notes="tau is set on the calibration sample so that top_k slices run on average; tau= fixes it. One model "
         "serves every tau. The penalty on activations before the split (squared Hoyer) belongs to the "

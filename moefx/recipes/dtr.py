@@ -18,6 +18,7 @@ RECIPE = register_recipe(
             experts="channels of the stream",
             combine="mask and complement residual",
             start="approximate: a fifth of the channels is hidden from each block",
+            router="none",
         ),
         notes="For training from scratch: a trained model is changed. The norms inside a block see the hidden channels "
         "as zeros, as in the released code. In joint blocks every stream is masked. last_timestep is 999 for models "

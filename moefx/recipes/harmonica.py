@@ -23,5 +23,8 @@ RECIPE = register_recipe(
         notes="The step is told by moefx.routing.step_cache.StepCaches instead of being read from the timestep, so "
         "batches may hold any timesteps and nothing waits for the device. period=2 starts with every second step "
         "cached. A sub-layer that is written in its block's own forward stays as it is.",
+        waives={
+            "gradient": "the table learns inside a run over sampler steps, in training, where both sides are computed"
+        },
     )
 )

@@ -18,6 +18,7 @@ RECIPE = register_recipe(
             experts="single neurons",
             combine="mask",
             start="equal while at most k neurons fire",
+            router="none",
         ),
         notes="Made for ReLU; with other functions the absolute value ranks. Needs no calibration. The hidden layer "
         "is computed in full, so only the output projection could be saved.",

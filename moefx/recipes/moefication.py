@@ -28,6 +28,7 @@ RECIPE = register_recipe(
             experts="FFN slices (balanced k-means of weight rows)",
             losses="cross-entropy with the slices' positive activation, before training",
             start="approximate",
+            router="fitted",
         ),
         notes="Made for ReLU, whose activations are sparse; with GELU expect more loss. partition='coactivation' is "
         "the paper's graph variant, cut spectrally instead of by METIS. Slices of 32 neurons and 20 % of them "

@@ -33,6 +33,7 @@ RECIPE = register_recipe(
             experts="FFN slices (balanced k-means of activations) + shared slices, means of those left out",
             losses="distillation",
             start="approximate",
+            router="fitted",
         ),
         notes="Shared neurons are those whose left-out part would vary most: Var(h_i) |w_out,i|^2, since means are "
         "put back. Calibrate over all noise levels and both branches of guidance. timestep_thresholds gives a "

@@ -19,6 +19,7 @@ RECIPE = register_recipe(
             combine="gate before the output projection",
             losses="balance 0.01 k",
             start="approximate: a quarter of the heads is off; equal with active_heads=None",
+            router="none",
         ),
         notes="Which heads are shared is not learnt: the first ones. The queries are read as they leave their "
         "projection, before a norm over them, which would make all lengths equal; rotary embeddings do not matter. The "

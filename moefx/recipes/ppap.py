@@ -30,6 +30,7 @@ RECIPE = register_recipe(
             combine="dense + delta",
             losses="none",
             start="equal",
+            router="none",
         ),
         notes="Intervals are half open and chosen per sample; the released code lets a boundary belong to two and "
         "takes the first sample's timestep for the batch, and leaves alpha / r out in training. Trainable biases are "

@@ -18,6 +18,7 @@ RECIPE = register_recipe(
             experts="blocks on sparse tokens",
             combine="W1 up(s) + W2 x",
             start="approximate: the stream before the segment",
+            router="none",
         ),
         notes="One segment instead of four; the merging and recovering cross-attentions of the paper, its pooling "
         "attention in the first blocks and its schedule over timesteps are left out: a plain mean pools, and the dense "

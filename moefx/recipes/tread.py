@@ -20,6 +20,7 @@ RECIPE = register_recipe(
             combine="re-insertion",
             losses="none; training only",
             start="equal",
+            router="none",
             batch_invariant=True,
         ),
         notes="The segment is blocks 2 to 7 of 12, in proportion for other depths. Where blocks read rotary tables "

@@ -18,11 +18,16 @@ RECIPE = register_recipe(
             experts="whole models",
             combine="hard switch",
             start="equal",
+            router="none",
         ),
         notes="boundary=0.9 for image to video; it is compared with the timestep that the model receives, which the "
         "scheduler has shifted. The low-noise model is model.model_switch.low_noise_model: train it, or load the "
         "second transformer's weights into it. Which model runs is a fact that Python needs, so a call reads the "
         "timestep; moefx.specialise(model, timesteps) or model.model_switch.fixed('low') need not. Passes that rewrite "
         "the inside come before, in a transform of their own.",
+        waives={
+            "host": "which of two whole models runs is Python's to know",
+            "graph": "each model is a graph of its own: fix the side, or specialise, and compile that",
+        },
     )
 )
