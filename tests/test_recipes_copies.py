@@ -85,3 +85,12 @@ def test_an_interval_has_a_network_of_its_own() -> None:
         return mixed(layer, x, one.expand(-1, x.shape[1], -1))
 
     assert_equal(layer, expected, tokens(layer), TIMES)
+
+
+def test_copies_that_every_token_gets_at_a_sigmoid_of_zero_are_half_of_them() -> None:
+    model = support.realised("moma", DIT, router_std=0.0, capacity=4.0, verify=False)
+    path, layer = next(iter(support.layers(model).items()))
+    x = torch.randn(3, 5, layer.experts.w_in.shape[-1])
+    bias = layer.experts.b_out
+    wanted = 2 * (support.dense(DIT).get_submodule(path)(x) - bias) + bias
+    torch.testing.assert_close(layer.eval()(x), wanted, rtol=1e-5, atol=1e-6)

@@ -75,6 +75,16 @@ def test_p_mod_starts_with_weights_of_one_and_spread_tokens() -> None:
     assert chosen[0].diff().max() <= 4
 
 
+@pytest.mark.parametrize(("recipe", "factor"), [("p-mod", 1.0), ("gamma-mod", 0.5)])
+def test_with_all_tokens_the_start_is_the_dense_block_with_a_factor_on_its_ffn(recipe: str, factor: float) -> None:
+    model, inputs = _dit()
+    options = {"capacity": 1.0, "dense_above": 1.0, "dense_first": 0, "dense_last": 0, "router_std": 0.0}
+    transform(model, inputs, recipe=recipe, verify=False, **options)
+    block, (x, c) = model.blocks[1], _tokens()
+    middle, ffn = _parts(block, x, c)
+    torch.testing.assert_close(block(x, c), middle + factor * ffn, rtol=1e-12, atol=1e-12)
+
+
 def test_p_mod_ratios_of_32_layers() -> None:
     options = MixtureOfDepthsOptions(capacity=0.15, capacity_schedule="cosine", dense_above=0.85)
     ratios = [options.capacity_of(layer, 32) for layer in range(32)]

@@ -368,6 +368,14 @@ def test_moefx_split_learns_as_its_equation_says() -> None:
         assert b is None or relative(a, b) < 1e-10
 
 
+@pytest.mark.parametrize("recipe", ["lazy-neuron", "chess", "read-me"])
+def test_with_every_neuron_kept_it_is_the_dense_network(recipe: str) -> None:
+    dense, model = convert(recipe, keep=1.0, **({"experts": 3} if recipe == "read-me" else {}))
+    x = torch.randn(2, 9, 16, dtype=F64)
+    assert relative(model.get_submodule(NAME)(x), dense.get_submodule(NAME)(x)) < 1e-12
+    assert {check.contract for check in model.moefx.report.checks} == {"exact"}
+
+
 def test_a_width_bounds_the_slices_of_a_token() -> None:
     options = {"experts": 12, "shared": 4, "top_k": 4}
     dense, free = convert("moefx-split", **options)
