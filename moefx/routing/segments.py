@@ -160,7 +160,7 @@ class BlockChoice(KeepFloat32):
         """Return the gates ``[B, m]`` from the streams ``[B, T, D]`` and y ``[B, D_c]`` if it has a width."""
         with without_autocast(inputs[0]):
             dtype = at_least_float32(inputs[0], self.weight)
-            pooled = torch.cat([x.to(dtype).mean(1) for x in inputs[: self.streams]], dim=-1)
+            pooled = torch.cat([_mean(x.to(dtype)) for x in inputs[: self.streams]], dim=-1)
             scores = F.linear(pooled, self.weight.to(dtype))
             if self.condition_weight is not None:
                 given = F.linear(inputs[self.streams].to(dtype), self.condition_weight.to(dtype))
@@ -181,6 +181,11 @@ class BlockChoice(KeepFloat32):
     def extra_repr(self) -> str:
         """Describe the choice in ``print(model)``."""
         return f"blocks={self.blocks}, active={self.active}"
+
+
+def _mean(x: Tensor) -> Tensor:
+    """Return the mean over tokens ``[B, D]`` of ``[B, T, D]``; zero, not NaN, of a prompt without words."""
+    return x.sum(1) / torch.sym_max(x.shape[1], 1)  # type: ignore[no-untyped-call]  # max() would guard on the size
 
 
 def gate_block(before: Tensor, after: Tensor, gates: Tensor, block: int) -> Tensor:

@@ -60,12 +60,13 @@ def weighted_balance(decision: Decision) -> Tensor:
 def sequence_balance(decision: Decision) -> Tensor:
     """Return the balance loss within each sample, averaged over samples."""
     n, samples = decision.logits.shape[-1], decision.samples
-    p = _probabilities(decision).reshape(samples, -1, n)
-    groups = decision.groups.reshape(samples, -1)
+    tokens = decision.logits.numel() // n // _at_least_one(samples)
+    p = _probabilities(decision).reshape(samples, tokens, n)
+    groups = decision.groups.reshape(samples, tokens * decision.groups.shape[-1])
     taken = torch.zeros(samples, n + 1, dtype=p.dtype, device=p.device)
     taken = taken.scatter_add(1, groups.clamp(max=n), torch.ones_like(groups, dtype=p.dtype))[:, :n]
     fractions = taken / taken.sum(1, keepdim=True).clamp(min=1)
-    return n * (fractions * p.mean(1)).sum(1).mean()
+    return n * mean_over_tokens((fractions * p.sum(1) / _at_least_one(tokens)).sum(1))
 
 
 def contrastive(decision: Decision) -> Tensor:
