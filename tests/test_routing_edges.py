@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,9 +11,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moefx.errors import InputError, OptionError
-from moefx.routing import DenseFFN, ExpertChoice, Experts, LinearRouter, RoutedFFN, TopK, random_weights
+from moefx.routing import (
+    DenseFFN,
+    ExpertChoice,
+    Experts,
+    LinearRouter,
+    RoutedFFN,
+    TokenRouter,
+    TopK,
+    random_weights,
+    route_tokens,
+)
+from moefx.routing.heads import HeadGate, QueryGate
 from moefx.routing.scorers import LinearScorer, Router
+from moefx.routing.segments import BlockChoice
 from moefx.routing.space import SpaceExperts, word_maps
+from moefx.routing.terms import TERMS
+from moefx.routing.threshold import ThresholdGate
+from moefx.training import aux_loss
 
 D, E, F64 = 6, 4, torch.float64
 
@@ -98,3 +114,72 @@ def test_a_prompt_without_words() -> None:
     q, k = torch.randn(1, 2, 5, 4, dtype=F64), torch.randn(1, 2, 0, 4, dtype=F64)
     found = space(x, words, word_maps(q, k, 0))
     torch.testing.assert_close(found, routed.experts.b_out.expand(1, 5, D), rtol=1e-10, atol=1e-12)
+
+
+def draws() -> torch.Generator:
+    return torch.Generator().manual_seed(6)
+
+
+GATES: dict[str, Callable[[], nn.Module]] = {
+    "heads": lambda: HeadGate(D, 4, shared=1, top_k=2, std=1.0, generator=draws()),
+    "queries": lambda: QueryGate(4, shared=1, top_k=2),
+    "threshold": lambda: ThresholdGate(LinearRouter(D, 3, std=1.0, bias=True, generator=draws()), 4, target=0.5),
+    "blocks": lambda: BlockChoice(3, 2, (D,), std=1.0, generator=draws()),
+    "tokens": lambda: TokenRouter(D, 0.5, std=1.0, losses={"selection": 1.0}, generator=draws()),
+}
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 7])
+@pytest.mark.parametrize("samples", [0, 1, 2])
+@pytest.mark.parametrize("kind", GATES)
+def test_gates_of_no_sample_no_token_and_one(kind: str, samples: int, tokens: int) -> None:
+    gate = GATES[kind]().double().train()
+    x = torch.randn(samples, tokens, D, dtype=F64, requires_grad=True)
+    if kind == "tokens":
+        found = route_tokens(gate, x, lambda chosen, _: 2 * chosen)  # type: ignore[arg-type]
+        assert found.shape == x.shape
+    else:
+        found = gate(x.unsqueeze(2).expand(-1, -1, 4, -1) if kind == "queries" else x)
+        assert found.shape == ((samples, 3) if kind == "blocks" else (samples, tokens, 4))
+    assert bool(found.isfinite().all())
+    loss = aux_loss(gate)
+    assert bool(loss.isfinite())
+    (found.sum() + loss).backward()
+    assert all(bool(p.grad.isfinite().all()) for p in gate.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("samples", [0, 2])
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_every_loss_of_nothing_is_finite(samples: int, tokens: int) -> None:
+    names = {name: TERMS[name] for name in ("entropy", "importance", "sequence_balance", "similarity")}
+    coefficients = dict.fromkeys([*names, "balance", "z"], 1.0)
+    router = LinearRouter(D, E, std=1.0, generator=draws()).double()
+    routed = layer(router, losses=names, coefficients=coefficients)
+    routed.train()(torch.randn(samples, tokens, D, dtype=F64))
+    assert set(routed.record.terms) == set(coefficients)
+    assert bool(aux_loss(routed).isfinite())
+    aux_loss(routed).backward()
+
+
+def test_blocks_are_chosen_without_words() -> None:
+    choice = BlockChoice(3, 2, (D, 4), std=1.0, generator=draws()).double()
+    x = torch.randn(2, 5, D, dtype=F64)
+    silent = choice(x, torch.zeros(2, 3, 4, dtype=F64))
+    torch.testing.assert_close(choice(x, torch.zeros(2, 0, 4, dtype=F64)), silent, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["heads", "queries", "threshold", "tokens"])
+def test_what_is_no_number_stays_with_its_token_or_sample(kind: str) -> None:
+    gate, x = GATES[kind]().double().eval(), torch.randn(2, 6, D, dtype=F64)
+    x = x.unsqueeze(2).expand(-1, -1, 4, -1).clone() if kind == "queries" else x
+    broken = x.clone()
+    broken[0, 3] = float("nan")
+    if kind == "tokens":
+        sound, found = (route_tokens(gate, v, lambda chosen, _: 2 * chosen) for v in (x, broken))  # type: ignore[arg-type]
+        assert torch.equal(found[1], sound[1])
+        assert not bool(found[0, 3].isfinite().any())
+        return
+    sound, found = gate(x), gate(broken)
+    others = [0, 1, 2, 4, 5]
+    assert torch.equal(found[1], sound[1])
+    assert torch.equal(found[0, others], sound[0, others])

@@ -17,6 +17,7 @@ from moefx import ops
 from moefx.errors import InputError, OptionError
 from moefx.routing.attention_masks import TokenGrid, box, disc, with_others
 from moefx.routing.attention_tiles import Tiling, attend_by_tiles, tile_sum
+from moefx.routing.losses import mean_over_tokens
 from moefx.routing.precision import KeepFloat32, at_least_float32
 from moefx.routing.record import RoutingRecord
 from moefx.routing.static import reads_tokens
@@ -206,7 +207,7 @@ class RoutedAttention(KeepFloat32):
         best, choice = p.detach().max(-1, keepdim=True)
         choice = torch.where(best < self.threshold, 0, choice)
         self.record.update(z.flatten(0, 1), choice.flatten(0, 1), "softmax_topk")
-        self.record.add("full", p[..., 0].square().mean())
+        self.record.add("full", mean_over_tokens(p[..., 0].square().flatten()))
         return p if self.training else torch.zeros_like(p).scatter(-1, choice, 1.0) + (p - p.detach())
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *taps: Tensor) -> Tensor:

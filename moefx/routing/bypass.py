@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moefx.routing.experts import Experts
+from moefx.routing.losses import mean_over_tokens
 from moefx.routing.precision import KeepFloat32, at_least_float32, without_autocast
 from moefx.routing.record import RoutingRecord
 from moefx.routing.threshold import ThresholdGate
@@ -85,7 +86,7 @@ class TokenSwitch(ThresholdGate):
         on = (gates.detach() > 0.5).to(torch.int64).reshape(-1, 1)
         flat = z.reshape(-1, 1)
         self.record.update(torch.cat([torch.zeros_like(flat), flat], dim=-1), on, "softmax_topk")
-        mean = gates.mean()
+        mean = mean_over_tokens(gates.flatten())
         share = self.fixed + (1 - self.fixed) * mean
         self.record.add("share", share)
         self.record.add("minimum", (self.minimum - mean).relu())

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moefx.errors import OptionError
+from moefx.routing.losses import mean_over_tokens
 from moefx.routing.precision import KeepFloat32, at_least_float32, without_autocast
 from moefx.routing.record import RoutingRecord
 from moefx.routing.tokens import gather_tokens, put_tokens, spread
@@ -124,27 +125,26 @@ class TokenRouter(KeepFloat32):
     def forward(self, x: Tensor) -> Selection:
         """Return the C best tokens of each sample of ``x`` ``[B, T, D]``, and all weights."""
         z = self.logits(x)
-        # Ranked by the logit: a saturated weight would tie.
-        margin = (z[..., 1] - z[..., 0] if self.form == "probability" else z.squeeze(-1)).detach()
-        chosen = self._best(margin, self.tokens(x.shape[1]))
+        chosen = self._best_first(z)[..., : self.tokens(x.shape[1])].sort(dim=-1).values
         if self.training:
-            self._remember(z, chosen)
+            self._remember(z, chosen, torch.ones_like(chosen))
         return Selection(chosen, self._weights(z))
 
-    def _best(self, scores: Tensor, count: int) -> Tensor:
-        """Return the positions of the highest scores in ascending order."""
+    def _best_first(self, z: Tensor) -> Tensor:
+        """Return all positions ``[B, T]``, those of the highest scores first."""
+        # Ranked by the logit: a saturated weight would tie.
+        scores = (z[..., 1] - z[..., 0] if self.form == "probability" else z.squeeze(-1)).detach()
         if self.ties == "first":
-            return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count].sort(dim=-1).values
+            return scores.sort(dim=-1, descending=True, stable=True).indices
         order = spread(scores.shape[-1], scores.device)
-        best = scores[..., order].sort(dim=-1, descending=True, stable=True).indices[..., :count]
-        return order[best].sort(dim=-1).values
+        return order[scores[..., order].sort(dim=-1, descending=True, stable=True).indices]
 
-    def _remember(self, z: Tensor, chosen: Tensor) -> None:
-        passes = torch.zeros(z.shape[:2], dtype=torch.int64, device=z.device).scatter(1, chosen, 1).flatten()
+    def _remember(self, z: Tensor, chosen: Tensor, passing: Tensor) -> None:
+        passes = torch.zeros(z.shape[:2], dtype=torch.int64, device=z.device).scatter(1, chosen, passing).flatten()
         both = z if self.form == "probability" else torch.cat([torch.zeros_like(z), z], dim=-1)
         both = both.flatten(0, 1)
         self.record.update(both, passes.unsqueeze(-1), "softmax_topk")
-        self.record.add("selection", F.cross_entropy(both, passes))
+        self.record.add("selection", mean_over_tokens(F.cross_entropy(both, passes, reduction="none")))
 
     def extra_repr(self) -> str:
         """Describe the router in ``print(model)``."""

@@ -157,7 +157,8 @@ class QueryGate(KeepFloat32):
         shared, routed = norms.split([self.shared, self.routed], dim=-1)
         gates = torch.zeros_like(routed)
         if self.record is not None:
-            spread = routed.std(-1, keepdim=True, correction=int(self.routed > 1))
+            centred = routed - routed.mean(-1, keepdim=True)
+            spread = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / max(self.routed - 1, 1) ** 0.5
             z = routed / spread.clamp_min(torch.finfo(spread.dtype).eps)
             heads = top_k(z.detach(), self.top_k)
             gates = gates.scatter(-1, heads, normalise(z, heads, "ste"))

@@ -29,12 +29,13 @@ def load_fractions(experts: Tensor, num_experts: int) -> Tensor:
     return counts / counts.sum().clamp(min=1)
 
 
-def mean_over_tokens(values: Tensor) -> Tensor:
-    """Return the mean over the first axis; zero, not NaN, if there are no tokens."""
-    return values.sum(0) / _at_least_one(values.shape[0])
+def mean_over_tokens(values: Tensor, axis: int = 0) -> Tensor:
+    """Return the mean over an axis; zero, not NaN, if there are no tokens."""
+    return values.sum(axis) / at_least_one(values.shape[axis])
 
 
-def _at_least_one(count: int) -> int:
+def at_least_one(count: int) -> int:
+    """Return a number of tokens or samples to divide by, an int or a symbolic one."""
     return cast(int, torch.sym_max(count, 1))  # type: ignore[no-untyped-call]  # max() would guard on a symbolic size
 
 

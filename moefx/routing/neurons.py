@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moefx.errors import OptionError
 from moefx.routing.experts import DenseFFN
+from moefx.routing.losses import mean_over_tokens
 from moefx.routing.normalise import normalise
 from moefx.routing.precision import KeepFloat32, at_least_float32
 from moefx.routing.record import RoutingRecord
@@ -115,8 +116,8 @@ class NeuronSubsets(KeepFloat32):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, ..., D]`` to ``[B, ..., D_o]``."""
-        rows_BTD = x.reshape(x.shape[0], -1, x.shape[-1])
-        logits = self.router(rows_BTD.mean(1, keepdim=True))
+        rows_BTD = x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1)
+        logits = self.router(mean_over_tokens(rows_BTD, 1).unsqueeze(1))
         logits = logits.to(at_least_float32(logits))
         chosen = top_k(logits.detach(), 1)
         self.record.update(logits.reshape(-1, len(self.subsets)), chosen.reshape(-1, 1), "ste")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from moefx.errors import OptionError
+from moefx.routing.losses import mean_over_tokens
 from moefx.routing.moe import RoutedFFN
 
 
@@ -72,7 +73,7 @@ class RoutedSamples(RoutedFFN):
 
     def forward(self, x: Tensor, *taps: Tensor) -> Tensor:
         """Map ``[B, ...]`` to ``[B, ...]``."""
-        pooled_B1D = x.movedim(self.axis, -1).flatten(1, -2).mean(1, keepdim=True)
+        pooled_B1D = mean_over_tokens(x.movedim(self.axis, -1).flatten(1, -2), 1).unsqueeze(1)
         routing = self.route(pooled_B1D, *taps)
         y: Tensor = self.experts(x, routing.experts, routing.gates)
         return y

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moefx.errors import InputError, OptionError, nearest
+from moefx.routing.losses import mean_over_tokens
 from moefx.routing.precision import KeepFloat32, at_least_float32, without_autocast
 from moefx.routing.router import sinusoidal
 
@@ -193,9 +194,7 @@ class Router(KeepFloat32):
         if name in self.embed:
             value = sinusoidal(value.reshape(-1), self.embed[name], scale=self.timestep_scale)
         if name == "text":
-            # The mean of no words is zero, not NaN.
-            words = torch.sym_max(value.shape[1], 1)  # type: ignore[no-untyped-call]
-            value = value.to(at_least_float32(value)).sum(1) / words
+            value = mean_over_tokens(value.to(at_least_float32(value)), 1)
         while value.ndim < ndim:
             value = value.unsqueeze(-2)
         return value

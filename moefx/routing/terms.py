@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moefx.errors import OptionError, nearest
-from moefx.routing.losses import _at_least_one, load_counts, mean_over_tokens
+from moefx.routing.losses import at_least_one, load_counts, mean_over_tokens
 from moefx.routing.losses import entropy as mean_entropy
 from moefx.routing.normalise import probabilities
 
@@ -54,19 +54,19 @@ def weighted_balance(decision: Decision) -> Tensor:
     p = mean_over_tokens(_probabilities(decision))
     counts = load_counts(decision.groups, p.numel())
     eta: Tensor = decision.layer.experts.balance_weights  # type: ignore[assignment]
-    return (eta.to(p) * (counts / _at_least_one(decision.groups.shape[0])).to(p) * p).sum()
+    return (eta.to(p) * (counts / at_least_one(decision.groups.shape[0])).to(p) * p).sum()
 
 
 def sequence_balance(decision: Decision) -> Tensor:
     """Return the balance loss within each sample, averaged over samples."""
     n, samples = decision.logits.shape[-1], decision.samples
-    tokens = decision.logits.numel() // n // _at_least_one(samples)
+    tokens = decision.logits.numel() // n // at_least_one(samples)
     p = _probabilities(decision).reshape(samples, tokens, n)
     groups = decision.groups.reshape(samples, tokens * decision.groups.shape[-1])
     taken = torch.zeros(samples, n + 1, dtype=p.dtype, device=p.device)
     taken = taken.scatter_add(1, groups.clamp(max=n), torch.ones_like(groups, dtype=p.dtype))[:, :n]
     fractions = taken / taken.sum(1, keepdim=True).clamp(min=1)
-    return n * mean_over_tokens((fractions * p.sum(1) / _at_least_one(tokens)).sum(1))
+    return n * mean_over_tokens((fractions * p.sum(1) / at_least_one(tokens)).sum(1))
 
 
 def contrastive(decision: Decision) -> Tensor:
@@ -106,7 +106,7 @@ def similarity(decision: Decision) -> Tensor:
     p = _probabilities(decision)
     n = p.shape[-1]
     chosen = spread(torch.ones_like(decision.gates), decision.groups, n).to(p)
-    together, mass = chosen.T @ chosen, (p.T @ p) / _at_least_one(p.shape[0])
+    together, mass = chosen.T @ chosen, (p.T @ p) / at_least_one(p.shape[0])
     eye = torch.eye(n, dtype=torch.bool, device=p.device)
     diagonal, rest = together.masked_fill(~eye, 0), together.masked_fill(eye, 0)
     tiny = torch.finfo(p.dtype).tiny

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moefx.errors import InputError, OptionError
+from moefx.routing.losses import mean_over_tokens
 from moefx.routing.precision import KeepFloat32, at_least_float32
 from moefx.routing.record import RoutingRecord
 from moefx.routing.static import ConstantGates, reads_tokens
@@ -108,7 +109,7 @@ class ThresholdGate(KeepFloat32):
         index = torch.arange(groups, device=gates.device).expand(gates.shape)
         on = torch.where(gates.detach() > 0.5, index, groups)
         self.record.update(z.reshape(-1, groups), on.reshape(-1, groups), "sigmoid_topk")
-        share = (self.keep + gates.sum(-1).mean()) / self.num_groups
+        share = (self.keep + mean_over_tokens(gates.sum(-1).flatten())) / self.num_groups
         self.record.add("share", share)
         if self.budget is not None:
             self.record.add("budget", (share - self.target.to(share.dtype)).square())
