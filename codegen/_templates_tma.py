@@ -21,20 +21,10 @@ def permute(x_ptr, order_ptr, sorted_ptr, rows, x_stride, BLOCK_R: tl.constexpr,
 @triton.jit
 def kernel(
     x_ptr,  # {{ dtype }} {{ "[T, K]" if descriptor_gather else "[R, K]" }}
-{% for name in weight_names %}
-    {{ name }}_ptr,  # {{ dtype }} [E, {{ weight_rows }}, K], contiguous
-{% endfor %}
-{% for name in bias_names %}
-    {{ name }}_ptr,  # {{ dtype }} [E, {{ weight_rows }}]
-{% endfor %}
-{% if descriptor_gather %}
-    order_ptr,  # int64 [R]
-{% endif %}
-    map_ptr,  # int32 [3, TILES], see the tile map kernel
-    out_ptr,  # {{ dtype }} [R, N]
-{% if keep %}
-    kept_ptr,  # {{ dtype }} [R, {{ halves * n }}], what goes into the epilogue
-{% endif %}
+{% include "weights" %}
+{% include "biases" %}
+{% include "tiles" %}
+{% include "results" %}
     x_stride,
 {% if descriptor_gather %}
     tokens,
@@ -141,7 +131,7 @@ def aligned(tensor):
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def launch({{ (["x"] + operand_names + ["tile_map", "out"] + (["kept"] if keep else []) + ["upcast"]) | join(", ") }}):
+{{ signature }}
     """Write ``out`` [R, N]{{ " and ``kept``" if keep }}."""
     rows, tiles = out.shape[0], tile_map.shape[1]
 {% if permute_columns %}
@@ -162,14 +152,11 @@ def launch({{ (["x"] + operand_names + ["tile_map", "out"] + (["kept"] if keep e
 {% for name in bias_names %}
         {{ name }},
 {% endfor %}
-{% if descriptor_gather %}
+{% if reads_order %}
         order,
 {% endif %}
         tile_map,
-        out,
-{% if keep %}
-        kept,
-{% endif %}
+{% include "passed" %}
         x.stride(0),
 {% if descriptor_gather %}
         x.shape[0],

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,11 +29,14 @@ from moefx.codegen.disassembly import read_cubin, read_gcn
 from moefx.codegen.emit import emit, emit_tile_map, operand_names
 from moefx.codegen.reasons import CannotLower
 from moefx.codegen.schedule import Schedule
-from moefx.codegen.spec import CombineSpec, Kernel, KernelSpec, digest
+from moefx.codegen.spec import CombineSpec, Kernel, KernelSpec, LinearSpec, digest
 from moefx.codegen.targets import Target
 
 _TRITON_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_STAND_INS = {**_TRITON_TYPES, "int64": "i64", "int32": "i32"}
 _TIMEOUT_S = 300
+#: What emitted modules call the kernel that does the work.
+_MAIN = "kernel"
 # Sizes of the stand-ins that are no multiples of 16, so that the binary assumes nothing about loads.
 _ROWS, _EXPERTS, _TILES = 4098, 7, 39
 
@@ -79,7 +83,7 @@ class Compiled:
 
     @property
     def main(self) -> Resources:
-        """The kernel that does the work; those before it prepare its operands."""
+        """The kernel that does the work; the others prepare its operands, or add its results."""
         return self.kernels[-1]
 
     def problems(self, target: Target) -> list[str]:
@@ -96,6 +100,10 @@ class Compiled:
         return found
 
 
+class NotInTime(CannotLower):
+    """A compilation that was stopped."""
+
+
 @dataclass(frozen=True)
 class Job:
     """An emitted module to compile, and what its ``launch`` takes."""
@@ -108,7 +116,17 @@ class Job:
 
 def job(spec: KernelSpec, schedule: Schedule | None, target: Target) -> Job:
     """Return the job of a spec's kernel."""
-    return Job(spec.name, emit(spec, schedule), tuple(arguments(spec)), target)
+    given = arguments(spec, schedule.partials(spec.halves) if isinstance(spec, LinearSpec) and schedule else 0)
+    return Job(spec.name, emit(spec, schedule), tuple(given), target)
+
+
+def launch_job(spec: KernelSpec, schedule: Schedule | None, given: Sequence[Any], target: Target) -> Job:
+    """Return the job of exactly one launch: what the compiler assumes of sizes and addresses is what they are."""
+    described = [
+        [_STAND_INS[str(value.dtype).removeprefix("torch.")], list(value.shape)] if hasattr(value, "dtype") else value
+        for value in given
+    ]
+    return Job(spec.name, emit(spec, schedule), tuple(described), target)
 
 
 def tile_map_job(target: Target, block_m: int) -> Job:
@@ -117,8 +135,11 @@ def tile_map_job(target: Target, block_m: int) -> Job:
     return Job("tile_map", emit_tile_map(), given, target)
 
 
-def arguments(spec: KernelSpec) -> list[Any]:
-    """Return what ``launch`` of the spec's module takes: ``[Triton type, shape]`` of a tensor, or a number."""
+def arguments(spec: KernelSpec, partials: int = 0) -> list[Any]:
+    """Return what ``launch`` of the spec's module takes: ``[Triton type, shape]`` of a tensor, or a number.
+
+    ``partials`` is how many sums of each result of a grouped projection are stored before they are added.
+    """
     if isinstance(spec, Kernel):
         return spec.arguments(_ROWS, _EXPERTS, _TILES)
     item = _TRITON_TYPES[spec.dtype]
@@ -137,7 +158,8 @@ def arguments(spec: KernelSpec) -> list[Any]:
     found += [[item, [_EXPERTS, spec.weight_rows]] for _ in biases]
     found += [["i64", [rows]]] if spec.gather else []
     kept = [[item, [rows, spec.out_features * spec.halves]]] if spec.keep else []
-    return [*found, ["i32", [3, _TILES]], [item, [rows, spec.out_features]], *kept, False]
+    scratch = [["fp32", [partials, rows, spec.out_features]]] if partials else []
+    return [*found, ["i32", [3, _TILES]], *scratch, [item, [rows, spec.out_features]], *kept, False]
 
 
 def compile_for(spec: KernelSpec, schedule: Schedule | None, target: Target) -> Resources:
@@ -165,8 +187,25 @@ def compile_all(
         return list(pool.map(one, jobs))
 
 
-def compile_module(job: Job) -> Compiled:
-    """Compile one module, or take the result of an earlier compilation of the same text for the same target."""
+def compile_within(jobs: Sequence[Job], seconds: float, workers: int | None = None) -> list[Compiled | CannotLower]:
+    """Compile as :func:`compile_all` does, for at most so long: what is not done by then is stopped."""
+    deadline = time.monotonic() + seconds
+
+    def one(job: Job) -> Compiled | CannotLower:
+        try:
+            return compile_module(job, deadline - time.monotonic())
+        except CannotLower as error:
+            return error
+
+    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(one, jobs))
+
+
+def compile_module(job: Job, seconds: float = _TIMEOUT_S) -> Compiled:
+    """Compile one module, or take the result of an earlier compilation of the same text for the same target.
+
+    Raises :class:`NotInTime` if that takes longer than so many seconds, another :class:`CannotLower` if it fails.
+    """
     asked = f"compile {job.name} for {job.target.name}"
     if job.target.is_interpreter or importlib.util.find_spec("triton") is None:
         found = "the interpreter compiles nothing" if job.target.is_interpreter else "Triton is not installed"
@@ -174,7 +213,7 @@ def compile_module(job: Job) -> Compiled:
     key = digest(repr((job.source, job.arguments, job.target.name, _versions())))[:32]
     folder = store.cache_folder() / "aot" / key
     kept = _kept(folder, job.source)
-    return kept if kept is not None else _compile(job, folder, asked)
+    return kept if kept is not None else _compile(job, folder, asked, seconds)
 
 
 def _versions() -> str:
@@ -191,11 +230,11 @@ def _kept(folder: Path, source: str) -> Compiled | None:
     return Compiled(source, kernels, folder) if kernels else None
 
 
-def _compile(job: Job, folder: Path, asked: str) -> Compiled:
+def _compile(job: Job, folder: Path, asked: str, seconds: float) -> Compiled:
     shutil.rmtree(folder, ignore_errors=True)  # what could not be read
     work = _work_folder(folder.parent)
     try:
-        kernels = _resources(_run(job, work, asked), job, work)
+        kernels = _resources(_run(job, work, asked, seconds), job, work)
         (work / "resources.json").write_text(json.dumps([dataclasses.asdict(one) for one in kernels]))
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
@@ -225,21 +264,23 @@ def _keep(work: Path, folder: Path) -> Path:
 
 def _resources(kernels: list[dict[str, Any]], job: Job, folder: Path) -> tuple[Resources, ...]:
     found = []
-    for one in kernels:
+    for one in sorted(kernels, key=lambda one: bool(one["function"] == _MAIN)):
         name = one["function"]
         if job.target.backend == "cuda":
             read = read_cubin(folder / f"{name}.cubin")
         else:
             read = read_gcn((folder / f"{name}.amdgcn").read_text())
         instructions = tuple((word, count) for word, count in read.counts.items() if count)
-        label = job.name if one is kernels[-1] else f"{job.name}.{name}"
+        label = job.name if name == _MAIN else f"{job.name}.{name}"
         sizes = (read.registers, read.spill_bytes, one["shared_bytes"], one["warps"])
         found.append(Resources(label, job.target.name, *sizes, instructions))
     return tuple(found)
 
 
-def _run(job: Job, folder: Path, asked: str) -> list[dict[str, Any]]:
+def _run(job: Job, folder: Path, asked: str, seconds: float) -> list[dict[str, Any]]:
     """Compile in a child process and return its report."""
+    if seconds <= 0:
+        raise NotInTime(asked, found="no time left", do="raise MOEFX_AUTOTUNE_SECONDS")
     (folder / "emitted.py").write_text(job.source)
     order = {
         "source": str(folder / "emitted.py"),
@@ -251,9 +292,9 @@ def _run(job: Job, folder: Path, asked: str) -> list[dict[str, Any]]:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     command = [sys.executable, str(Path(_aot_child.__file__)), str(folder / "job.json")]
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired as error:
-        raise CannotLower(asked, found=f"no result after {_TIMEOUT_S} s", do="take smaller tiles") from error
+        raise NotInTime(asked, found=f"no result after {seconds:.0f} s", do="take smaller tiles") from error
     if done.returncode != 0:
         found = f"exit status {done.returncode}: {_last_words(done.stderr.replace(str(folder), ''))}"
         raise CannotLower(asked, found=found, do="take another schedule or target")

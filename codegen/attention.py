@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from moefx.codegen import runtime
+from moefx.codegen import runtime, tune
 from moefx.codegen.kernels import HeadAttentionSpec
 from moefx.codegen.launcher import Launcher
 from moefx.codegen.reasons import CannotLower
+from moefx.codegen.schedule import load_class
 from moefx.codegen.spec import require_dtype
 from moefx.codegen.targets import Target, target_of
 from moefx.errors import MoefxError
@@ -61,13 +62,23 @@ def _precision() -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def _loaded(spec: HeadAttentionSpec, target: Target) -> Launcher:
-    return Launcher(spec, spec.schedule(target, 1024, 32 if target.is_interpreter else 128))
+def _loaded(spec: HeadAttentionSpec, target: Target, load: int, groups: int) -> Launcher:
+    rows = 32 if target.is_interpreter else 128
+    return Launcher(spec, tune.schedule_for(spec, target, load, groups, rows))
 
 
 def clear() -> None:
     """Forget the kernels of this process; files stay."""
     _loaded.cache_clear()
+
+
+def grouped(gates: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the order of rows by sample and head, [R], zero gates last, and where each group starts, [G + 1]."""
+    samples, _, heads = gates.shape
+    group = torch.arange(samples * heads, device=gates.device).view(samples, 1, heads)
+    chosen = torch.where(gates != 0, group, samples * heads).reshape(-1, 1)
+    order, offsets = torch.ops.moefx.group.default(chosen, samples * heads)
+    return order, offsets
 
 
 @dataclass(frozen=True)
@@ -80,17 +91,15 @@ class _Call:
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> _Call:
-        samples, _, heads, _ = q.shape
-        group = torch.arange(samples * heads, device=q.device).view(samples, 1, heads)
-        chosen = torch.where(gates != 0, group, samples * heads).reshape(-1, 1)
-        order, offsets = torch.ops.moefx.group.default(chosen, samples * heads)
+        order, offsets = grouped(gates)
         operands = (q.contiguous(), k.contiguous(), v.contiguous(), gates.to(torch.float32).contiguous())
         return cls(operands, order, offsets)
 
     def kernel(self, stage: int) -> Launcher:
         q = self.tensors[0]
-        dtype = str(q.dtype).removeprefix("torch.")
-        return _loaded(specs(q.shape[3], q.shape[2], dtype, _precision())[stage], target_of(q.device))
+        samples, queries, heads, width = q.shape
+        spec = specs(width, heads, str(q.dtype).removeprefix("torch."), _precision())[stage]
+        return _loaded(spec, target_of(q.device), load_class(queries, 1), samples * heads)
 
     def tiles(self, kernel: Launcher) -> Tensor:
         return runtime.tile_map(self.offsets, self.order.shape[0], kernel.schedule.block_m)

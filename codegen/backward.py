@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefx.codegen import runtime
+from moefx.codegen import runtime, tune
 from moefx.codegen.kernels import (
     GateGradSpec,
     InputGradSpec,
@@ -117,7 +117,9 @@ def sources(region: RegionSpec, target: Target, rows: int, experts: int) -> dict
     load = load_class(rows, experts)
     block_m = runtime.row_block(target, load)
     return {
-        spec.name: emit(spec, None if isinstance(spec, CombineSpec) else spec.schedule(target, load, block_m))
+        spec.name: emit(
+            spec, None if isinstance(spec, CombineSpec) else tune.schedule_for(spec, target, load, experts, block_m)
+        )
         for spec in kernels(region)
     }
 
@@ -125,11 +127,11 @@ def sources(region: RegionSpec, target: Target, rows: int, experts: int) -> dict
 class LoadedBackward:
     """The backward kernels of a region for one target and load class."""
 
-    def __init__(self, region: RegionSpec, target: Target, load: int, block_m: int) -> None:
-        self.region, self.block_m = region, block_m
+    def __init__(self, region: RegionSpec, target: Target, load: int, experts: int) -> None:
+        self.region, self.block_m = region, runtime.row_block(target, load)
 
         def loaded(spec: Kernel) -> Launcher:
-            return Launcher(spec, spec.schedule(target, load, block_m))
+            return Launcher(spec, tune.schedule_for(spec, target, load, experts, self.block_m))
 
         self.tail, start = tail_grad(region), last_grad(region)
         self.start = loaded(start) if start else None
@@ -145,10 +147,10 @@ class LoadedBackward:
         self, grad: Tensor, tensors: Sequence[Tensor], saved: Sequence[Tensor], wants: Sequence[bool]
     ) -> list[Tensor]:
         """Return the gradients of the wanted inputs."""
-        return _Pass(self, grad, tensors, saved, wants).run()
+        return BackwardPass(self, grad, tensors, saved, wants).run()
 
 
-class _Pass:
+class BackwardPass:
     """One backward pass: the gradient moves from the last projection to the first."""
 
     def __init__(
@@ -279,8 +281,8 @@ def _loaded_training(key: str, target: Target, load: int, experts: int) -> Loade
 
 
 @functools.lru_cache(maxsize=1024)
-def _loaded_backward(key: str, target: Target, load: int) -> LoadedBackward:
-    return LoadedBackward(region_of(key), target, load, runtime.row_block(target, load))
+def _loaded_backward(key: str, target: Target, load: int, experts: int) -> LoadedBackward:
+    return LoadedBackward(region_of(key), target, load, experts)
 
 
 def clear() -> None:
@@ -320,7 +322,7 @@ def region_backward_op(
     """Return the gradients of the wanted ones of ``tensors``."""
     x, experts = tensors[0], tensors[1].shape[0] - 1
     load = load_class(routed_rows(region_of(key), tensors), experts)
-    return _loaded_backward(key, target_of(x.device), load)(grad, tensors, saved, wants)
+    return _loaded_backward(key, target_of(x.device), load, experts)(grad, tensors, saved, wants)
 
 
 @region_backward_op.register_fake

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,19 +46,23 @@ Clock = Callable[[Case], float]
 
 
 def cases(specs: Iterable[LinearSpec], target: Target, loads: Sequence[int] = LOADS) -> list[Case]:
-    """Return what to time: for every projection and load the best schedules by the model as it is."""
+    """Return what to time: for every projection and load the best schedules by the model as it is; loads take turns."""
+    given = list(specs)
     return [
-        Case(spec, schedule, load)
-        for spec in specs
+        Case(spec, short_list(spec, target, load, EXPERTS, row_tile(load), _SCHEDULES)[place], load)
+        for place in range(_SCHEDULES)
+        for spec in given
         for load in loads
-        for schedule in short_list(spec, target, load, EXPERTS, row_tile(load), _SCHEDULES)
     ]
 
 
-def measure(chosen: Iterable[Case], clock: Clock) -> dict[Case, float]:
-    """Time the cases; one that does not run is left out, with its reason in the log."""
+def measure(chosen: Iterable[Case], clock: Clock, seconds: float = math.inf) -> dict[Case, float]:
+    """Time the cases, for at most so long; one that does not run is left out, with its reason in the log."""
     found: dict[Case, float] = {}
+    end = time.monotonic() + seconds
     for case in chosen:
+        if time.monotonic() > end:
+            break
         try:
             found[case] = clock(case)
         except Exception as error:  # a compiler may raise anything; it is the reason why the case is out
@@ -103,18 +108,23 @@ def keep(constants: Constants, target: Target, device: str, cases: int) -> bool:
     return written
 
 
-def calibrate(target: Target, device: str, clock: Clock, specs: Iterable[LinearSpec] | None = None) -> Constants:
+def calibrate(
+    target: Target, device: str, clock: Clock, specs: Iterable[LinearSpec] | None = None, seconds: float = math.inf
+) -> Constants:
     """Time, fit and keep: the whole step, with any clock."""
     from moefx.codegen.table import standard_specs
 
-    measured = measure(cases(specs or standard_specs(), target), clock)
+    measured = measure(cases(specs or standard_specs(), target), clock, seconds)
     constants = fit(measured, target)
     keep(constants, target, device, len(measured))
     return constants
 
 
-def main() -> None:
-    """Calibrate for the device that is present."""
+def calibrate_device(seconds: float = math.inf, specs: Iterable[LinearSpec] | None = None) -> Constants:
+    """Calibrate for the device that is present, in about so many seconds.
+
+    Raises :class:`InputError` if there is none, or too little time.
+    """
     import torch
 
     from moefx.codegen.targets import target_of
@@ -129,8 +139,8 @@ def main() -> None:
         shape = ShapeClass(case.spec, target, name, case.load, case.experts, case.schedule.block_m)
         return DeviceTimer(shape, device)(case.schedule)
 
-    print(f"{target.name} ({name}): {calibrate(target, name, clock)}")
+    return calibrate(target, name, clock, specs, seconds)
 
 
 if __name__ == "__main__":
-    main()
+    print(calibrate_device())

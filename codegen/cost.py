@@ -41,10 +41,12 @@ EFFICIENCY = {
     (16, 256): 0.25,
     (16, 128): 0.2,
 }
-#: The same for how operands arrive. Until a device says otherwise, the form that asks least of the compiler goes first.
-VARIANT_EFFICIENCY = {"pointer": 1.0, "tma": 0.95, "tma divided": 0.98}
+#: The same for the form of a kernel. Until a device says otherwise, the one that asks least of the compiler goes first.
+FORM_EFFICIENCY = {"pointer": 1.0, "swapped": 0.95, "tma": 0.95, "tma divided": 0.98}
 #: A tile's share of the launch and of filling the pipeline before its first product, in seconds.
 FILL_S = 1e-6
+#: Seconds from asking for a line of memory to having it, on an idle device: what is asked for ahead hides it.
+LATENCY_S = 7e-7
 #: Expected rows of padding of an expert, as a share of a tile, under random loads (0.42 to 0.45 by simulation).
 PADDING_SHARE = sympy.Rational(45, 100)
 
@@ -57,6 +59,7 @@ class Constants:
     peak: float = 1.0
     bandwidth: float = 1.0
     fill_s: float = FILL_S
+    latency_s: float = LATENCY_S
 
 
 def constants_path(target: Target) -> Path:
@@ -79,7 +82,7 @@ def constants_of(target: Target) -> Constants:
     return found
 
 
-_NAMES = "load E N K BM BN halves item P peak bandwidth eff blocks permuted fill"
+_NAMES = "load E N K BM BN BK parts stages halves item P peak bandwidth eff blocks permuted fill latency"
 
 
 def efficiency(rows: int, columns: int) -> float:
@@ -90,32 +93,45 @@ def efficiency(rows: int, columns: int) -> float:
 @functools.cache
 def expressions() -> dict[str, sympy.Expr]:
     """Return the model: one expression per quantity, in terms of the sizes, the tile and the target."""
-    load, e, n, k, bm, bn, halves, item, p, peak, bandwidth, eff, blocks, permuted, fill = sympy.symbols(
-        _NAMES, positive=True
+    load, e, n, k, bm, bn, bk, parts, stages, halves, item, p, peak, bandwidth, eff, blocks, permuted, fill, latency = (
+        sympy.symbols(_NAMES, positive=True)
     )
-    row_tiles = e * sympy.Max(1, load / bm + PADDING_SHARE)
+    # Where rows are few, some experts have none, and their weights are not read.
+    touched = e * (1 - (1 - 1 / e) ** (load * e))
+    row_tiles = sympy.Max(touched, e * (load / bm + PADDING_SHARE))
     column_tiles = sympy.ceiling(n / bn)
-    tiles = sympy.ceiling(row_tiles) * column_tiles
+    tiles = sympy.ceiling(row_tiles) * column_tiles * parts
+    steps = sympy.ceiling(k / (bk * parts))
     flops = 2 * load * e * n * halves * k
-    traffic = item * (e * n * halves * k + load * e * (k + n))
-    tile_s = 2 * bm * bn * halves * k * p / (peak * eff)
+    traffic = item * (touched * n * halves * k + load * e * (k + n))
+    tile_s = 2 * bm * bn * halves * k / parts * p / (peak * eff)
     # What a block does before its first and after its last product is hidden by other blocks of the same processor.
     edge_s = fill + item * bm * bn * p / bandwidth
     compute_s = sympy.ceiling(tiles / p) * (tile_s + edge_s / blocks)
-    # A few tiles cannot ask for the whole bandwidth.
-    memory_s = traffic / (bandwidth * sympy.Min(1, tiles / p))
+    # A processor without a tile asks for nothing. Memory answers late: blocks that run together ask for so many bytes
+    # ahead, and each waits for its steps; one stage alone asks only after it has multiplied.
+    ahead = sympy.Max(sympy.Rational(1, 2), stages - 1)
+    flight = sympy.Min(tiles, p * blocks) * sympy.Min(ahead, steps) * item * bk * (bm + bn * halves)
+    waits_s = sympy.ceiling(tiles / (p * blocks)) * steps * latency / ahead
+    streamed_s = traffic / (bandwidth * sympy.Min(1, tiles / p))
+    memory_s = sympy.Max(streamed_s, traffic * latency / flight, waits_s) + fill
     permute_s = permuted * (2 * item * load * e * k / bandwidth + fill)
+    # Parts of K are stored in float32 and added by a second launch.
+    divided = sympy.Min(1, parts - 1)
+    reduce_s = divided * (2 * 4 * parts * load * e * n * halves / bandwidth + fill)
     return {
         "tiles": tiles,
         "waves": tiles / p,
-        "row_share": load / bm / sympy.Max(1, load / bm + PADDING_SHARE),
+        "row_share": load * e / bm / row_tiles,
         "column_share": n / (column_tiles * bn),
         "flops": flops,
         "bytes": traffic,
+        "flight_bytes": flight,
         "compute_s": compute_s,
         "memory_s": memory_s,
         "permute_s": permute_s,
-        "seconds": sympy.Max(compute_s, memory_s) + permute_s,
+        "reduce_s": reduce_s,
+        "seconds": sympy.Max(compute_s, memory_s) + permute_s + reduce_s,
         "floor_s": sympy.Max(flops / peak, traffic / bandwidth),
     }
 
@@ -136,9 +152,12 @@ class Estimate:
     column_share: float
     flops: float
     bytes: float
+    #: Bytes asked for and not yet there, while every processor is busy.
+    flight_bytes: float
     compute_s: float
     memory_s: float
     permute_s: float
+    reduce_s: float
     seconds: float
     floor_s: float
 
@@ -163,7 +182,6 @@ def estimate(
     guessed from the tile. ``constants`` are those of the target unless given.
     """
     known = constants or constants_of(target)
-    kind = "tma divided" if schedule.warp_specialize else schedule.variant
     values = {
         "load": load,
         "E": experts,
@@ -171,15 +189,19 @@ def estimate(
         "K": spec.in_features,
         "BM": schedule.block_m,
         "BN": schedule.block_n,
+        "BK": schedule.block_k,
+        "parts": schedule.parts,
+        "stages": schedule.num_stages,
         "halves": spec.halves,
         "item": ITEM_BYTES[spec.dtype],
         "P": target.processors,
         "peak": target.matrix_tflops * 1e12 * _dtype_share(spec) * known.peak,
         "bandwidth": target.memory_tb_per_s * 1e12 * known.bandwidth,
-        "eff": efficiency(schedule.block_m, schedule.block_n) * VARIANT_EFFICIENCY[kind],
+        "eff": efficiency(schedule.block_m, schedule.block_n) * FORM_EFFICIENCY[schedule.form],
         "blocks": blocks or _guessed_blocks(spec, schedule, target),
         "permuted": int(spec.gather and schedule.variant == "tma" and not schedule.descriptor_gather),
         "fill": known.fill_s,
+        "latency": known.latency_s,
     }
     given = [values[name] for name in _NAMES.split()]
     return Estimate(**{name: float(function(*given)) for name, function in _functions().items()})

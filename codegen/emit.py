@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from moefx.codegen import _templates
+from moefx.codegen import _templates, _templates_linear
 from moefx.codegen.pointwise import Pointwise
 from moefx.codegen.schedule import Schedule, combine_columns
 from moefx.codegen.spec import CombineSpec, Kernel, KernelSpec, LinearSpec, digest
@@ -21,7 +21,11 @@ from moefx.codegen.spec import CombineSpec, Kernel, KernelSpec, LinearSpec, dige
 def _environment() -> jinja2.Environment:
     # The output is Python for a kernel compiler, not markup: nothing is to be escaped.
     return jinja2.Environment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        loader=jinja2.DictLoader(_templates_linear.PARTS),
     )
 
 
@@ -51,41 +55,79 @@ def emit(spec: KernelSpec, schedule: Schedule | None = None) -> str:
 
 
 def emit_linear(spec: LinearSpec, schedule: Schedule) -> str:
-    """Return the source of a gather + grouped GEMM + bias + epilogue kernel."""
+    """Return the source of a gather + grouped GEMM + bias + epilogue kernel, and of the sum over parts of K."""
     n, k = spec.out_features, spec.in_features
-    weights, biases = operand_names(spec)
+    weights, _ = operand_names(spec)
     return render(
-        _templates.GROUPED_LINEAR,
+        _templates_linear.GROUPED_LINEAR,
         title=f"{spec.name}: grouped projection of routed rows.",
-        meaning=meaning(spec),
-        facts=f"K = {k}, N = {n}; {schedule.describe()}.",
-        helpers=[_templates.HELPERS[name] for name in spec.epilogue.helpers],
-        dtype=spec.dtype,
-        gather=spec.gather,
-        top_k=spec.top_k,
-        weight_names=weights,
-        bias_names=biases,
-        operand_names=[*weights, *biases, *(["order"] if spec.gather else [])],
+        **linear_values(spec, schedule),
+        **_product_values(spec, schedule),
+        reads_order=spec.gather,
         weight_bases=bases(weights, "weight", n * k, spec.halves),
-        bias_bases=bases(biases, "bias", n, spec.halves),
-        halves=spec.halves,
-        n=n,
-        k=k,
-        weight_rows=spec.weight_rows,
-        mask_n=n % schedule.block_n != 0,
-        mask_k=k % schedule.block_k != 0,
-        column_tiles=-(-n // schedule.block_n),
-        block_m=schedule.block_m,
-        block_n=schedule.block_n,
-        block_k=schedule.block_k,
-        group_m=schedule.group_m,
-        num_warps=schedule.num_warps,
-        num_stages=schedule.num_stages,
         precision=f', input_precision="{spec.precision}"' if spec.dtype == "float32" else "",
-        statements=spec.epilogue.triton(),
-        result=printed(spec.epilogue),
-        keep=spec.keep,
     )
+
+
+def linear_values(spec: LinearSpec, schedule: Schedule) -> dict[str, Any]:
+    """Return what the templates of a grouped projection print in any variant."""
+    n = spec.out_features
+    weights, biases = operand_names(spec)
+    return {
+        "meaning": meaning(spec),
+        "facts": f"K = {spec.in_features}, N = {n}; {schedule.describe()}.",
+        "helpers": [_templates.HELPERS[name] for name in spec.epilogue.helpers],
+        "dtype": spec.dtype,
+        "keep": spec.keep,
+        "gather": spec.gather,
+        "top_k": spec.top_k,
+        "weight_names": weights,
+        "bias_names": biases,
+        "signature": call("def launch", linear_parameters(spec, schedule), ":"),
+        "bias_bases": bases(biases, "bias", n, spec.halves),
+        "halves": spec.halves,
+        "n": n,
+        "k": spec.in_features,
+        "weight_rows": spec.weight_rows,
+        "mask_n": n % schedule.block_n != 0,
+        "column_tiles": -(-n // schedule.block_n),
+        "block_m": schedule.block_m,
+        "block_n": schedule.block_n,
+        "block_k": schedule.block_k,
+        "group_m": schedule.group_m,
+        "num_warps": schedule.num_warps,
+        "num_stages": schedule.num_stages,
+        "statements": spec.epilogue.triton(),
+        "result": printed(spec.epilogue),
+    }
+
+
+def linear_parameters(spec: LinearSpec, schedule: Schedule) -> list[str]:
+    """Return the names of what ``launch`` of a grouped projection takes, in order."""
+    weights, biases = operand_names(spec)
+    order = ["order"] if spec.gather else []
+    partial = ["partial"] if schedule.parts > 1 else []
+    return ["x", *weights, *biases, *order, "tile_map", *partial, "out", *(["kept"] if spec.keep else []), "upcast"]
+
+
+def _product_values(spec: LinearSpec, schedule: Schedule) -> dict[str, Any]:
+    """Return how the loop over K is printed: how far it goes, which way tiles lie, and how the weights are read."""
+    k, parts = spec.in_features, schedule.parts
+    reach = k if parts == 1 else -(-k // (schedule.block_k * parts)) * schedule.block_k
+    along, across = ("[None, :]", "[:, None]") if schedule.swapped else ("[:, None]", "[None, :]")
+    sides = (schedule.block_n, schedule.block_m) if schedule.swapped else (schedule.block_m, schedule.block_n)
+    return {
+        "parts": parts,
+        "planes": ["part"] if spec.halves == 1 else [f"part * {spec.halves}", f"(part * {spec.halves} + 1)"],
+        "reach": reach,
+        "mask_k": reach * parts != k or k % schedule.block_k != 0,
+        "swapped": schedule.swapped,
+        "weight_tile": f"weight_row{across} * {k} + ks{along}",
+        "weight_axis": along,
+        "z_shape": f"{sides[0]}, {sides[1]}",
+        # Weights that no other tile reads are the first to leave the caches.
+        "once": ', eviction_policy="evict_first"' if schedule.streams else "",
+    }
 
 
 def printed(program: Pointwise) -> str:

@@ -162,8 +162,10 @@ class Projection:
         """Write ``out`` [R, N], and ``kept`` if the spec says so, from ``x``, [T, K] with ``order``, else [R, K]."""
         operands = [rows_of(x), *(t.contiguous() for t in (*weights, *biases))]
         operands += [order] if order is not None else []
+        planes, results = self.schedule.partials(self.spec.halves), [out] if kept is None else [out, kept]
+        partial = [out.new_empty((planes, *out.shape), dtype=torch.float32)] if planes else []
         if tiles.numel():
-            self._module.launch(*operands, tiles, out, *([] if kept is None else [kept]), self._upcast)
+            self._module.launch(*operands, tiles, *partial, *results, self._upcast)
         return out
 
 

@@ -31,11 +31,33 @@ class Schedule:
     flatten: bool = False
     warp_specialize: bool = False
     descriptor_gather: bool = False
+    #: In how many parts K is multiplied, by programs of their own; a second launch adds them in order.
+    parts: int = 1
+    #: Whether the weights are the first operand of products, whose 64 rows wide matrix instructions fill.
+    swapped: bool = False
+
+    @property
+    def form(self) -> str:
+        """What kind of kernel it makes; kinds compete for a place among those that are timed."""
+        if self.variant == "tma":
+            return "tma divided" if self.warp_specialize else "tma"
+        return "swapped" if self.swapped else "pointer"
+
+    @property
+    def streams(self) -> bool:
+        """Whether tiles are so low that weights are the traffic and are read once."""
+        return self.block_m <= STREAMED_ROWS
+
+    def partials(self, halves: int) -> int:
+        """Return how many sums of each result are stored and added later; none where K is whole."""
+        return self.parts * halves if self.parts > 1 else 0
 
     def describe(self) -> str:
         """Return the schedule in one line."""
         tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
         text = f"tile {tile}, {self.num_warps} warps, {self.num_stages} stages, groups of {self.group_m} row tiles"
+        text += f", K in {self.parts} parts" if self.parts > 1 else ""
+        text += ", operands swapped" if self.swapped else ""
         if self.variant == "pointer":
             return text
         return f"{text}, {self.programs} programs{', divided warps' if self.warp_specialize else ''}"
@@ -44,15 +66,23 @@ class Schedule:
 _COLUMNS = (256, 128, 64, 32, 16)
 #: Height of the lowest row tile.
 MIN_ROW_TILE = 16
+#: Up to this height the rows of an expert fit one tile, and its weights are read once.
+STREAMED_ROWS = 32
+_PARTS = (1, 2, 4, 8)
+#: How many schedules of a class are worth timing.
+SHORT_LIST = 5
 
 
 def load_class(rows: int, experts: int) -> int:
-    """Return rows per expert rounded up to a power of two, from 16 to 4096: what a schedule may depend on.
+    """Return rows per expert rounded up to 1, 4, or a power of two from 16 to 4096: what a schedule may depend on.
 
-    The number of tokens itself is no part of the choice, so a new batch size does not mean a new kernel.
+    The number of tokens itself is no part of the choice, so a new batch size does not mean a new kernel. Below 16 rows
+    tiles are the same; what differs is how many experts have rows at all.
     """
     mean = max(1, -(-rows // max(1, experts)))
-    return int(min(4096, max(16, 1 << (mean - 1).bit_length())))
+    if mean <= MIN_ROW_TILE:
+        return next(bound for bound in (1, 4, MIN_ROW_TILE) if mean <= bound)
+    return int(min(4096, 1 << (mean - 1).bit_length()))
 
 
 def row_tile(load: int) -> int:
@@ -84,18 +114,20 @@ def ranked(
 
 
 def short_list(
-    spec: LinearSpec, target: Target, load: int, experts: int, block_m: int | None = None, count: int = 5
+    spec: LinearSpec, target: Target, load: int, experts: int, block_m: int | None = None, count: int = SHORT_LIST
 ) -> tuple[Schedule, ...]:
     """Return the configurations that are worth timing: the best of each kind first, then the best of what is left."""
     order = ranked(spec, target, load, experts, block_m)
-    best_of_kind = {(s.variant, s.warp_specialize): s for s in reversed(order)}
+    best_of_kind = {(s.form, s.parts > 1): s for s in reversed(order)}
     kinds = [s for s in order if s in best_of_kind.values()]
     return tuple(dict.fromkeys([choose(spec, target, load, experts, block_m), *kinds, *order]))[:count]
 
 
 def configurations(spec: LinearSpec, target: Target, block_m: int) -> Iterator[Schedule]:
     """Yield the tiles, warps and stages that the target can hold, of every variant that applies."""
-    yield from _by_pointers(spec, target, block_m)
+    for schedule in _by_pointers(spec, target, block_m):
+        yield schedule
+        yield from _for_few_rows(spec, target, schedule) if schedule.streams else ()
     if why_no_descriptors(spec, target) is None and block_m >= 64:
         yield from _by_descriptors(spec, target, block_m)
 
@@ -122,6 +154,26 @@ def _by_pointers(spec: LinearSpec, target: Target, block_m: int) -> Iterator[Sch
         stages = min(target.max_stages, target.shared_limit_bytes // stage_bytes(spec, schedule))
         if stages >= 1:
             yield replace(schedule, num_stages=min(stages, -(-spec.in_features // block_k) + 1))
+
+
+def _for_few_rows(spec: LinearSpec, target: Target, base: Schedule) -> Iterator[Schedule]:
+    """Yield what lets more bytes of the weights be on their way at once than one tile per program does.
+
+    Longer steps ask for more of each row; programs that share K are more in number; with swapped operands the weights
+    fill the wide instructions of sm_90 and sm_100, which 16 rows do not.
+    """
+    wider = replace(base, block_k=2 * base.block_k)
+    stages = min(target.max_stages, target.shared_limit_bytes // stage_bytes(spec, wider))
+    is_wider = stages >= 2 and spec.in_features >= 2 * wider.block_k and ITEM_BYTES[spec.dtype] == 2
+    can_swap = target.has_tma and ITEM_BYTES[spec.dtype] == 2 and base.block_n >= 64
+    for step in (base, replace(wider, num_stages=stages)) if is_wider else (base,):
+        # Every part takes steps enough to fill its stages.
+        most = max(1, spec.in_features // (step.block_k * step.num_stages))
+        for parts in _PARTS:
+            for swapped in (False, True) if can_swap else (False,):
+                made = replace(step, parts=parts, swapped=swapped)
+                if parts <= most and made != base:
+                    yield made
 
 
 def _by_descriptors(spec: LinearSpec, target: Target, block_m: int) -> Iterator[Schedule]:

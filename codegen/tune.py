@@ -1,9 +1,13 @@
 """Let a device decide among a few schedules, once per shape class, and remember it on disk.
 
 A class is named by spec, device, Triton version, and rows per expert and experts rounded to powers of two: never by a
-number of tokens.  What does not compile, does not fit or computes something else than torch is pruned.  Nothing is
-timed with ``MOEFX_AUTOTUNE=0``, while a CUDA graph is captured, or once a process has spent its budget
-(``MOEFX_AUTOTUNE_SECONDS``, 60 by default): then the model's choice is used.
+number of tokens.  Forward projections, their gradients and routed heads are decided alike.  What does not compile, does
+not fit or computes something else than torch is pruned.
+
+A first call is bounded: at most five schedules of a class, compiled ahead in processes of their own, several at a time,
+and so many seconds of one process for all of it (``MOEFX_AUTOTUNE_SECONDS``, 15 by default).  What is not ready by then
+is stopped, the best so far is used, and a later process goes on where compiled kernels were kept.  Nothing is timed
+with ``MOEFX_AUTOTUNE=0``, or while a CUDA graph is captured: then the model's choice is used.
 """
 
 from __future__ import annotations
@@ -14,14 +18,15 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moefx.codegen import store
-from moefx.codegen.schedule import Schedule, choose, row_tile, short_list
-from moefx.codegen.spec import LinearSpec, digest
+from moefx.codegen.schedule import SHORT_LIST, Schedule, choose, row_tile, short_list
+from moefx.codegen.spec import Kernel, LinearSpec, digest
 from moefx.codegen.targets import Target, target_of
 
 if TYPE_CHECKING:
@@ -29,12 +34,29 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Seconds that one call of a schedule takes; raises if it does not compile, run, or agree with torch.
-Timer = Callable[[Schedule], float]
 
-DEFAULT_BUDGET_S = 60.0
-#: A schedule's result is compared in so many rows of so many experts; bfloat16 results differ by 4e-3.
-_SAMPLED_EXPERTS, _SAMPLED_ROWS, _TOLERANCE = 8, 16, 2e-2
+#: Seconds that a call takes, on whatever clock.
+Stopwatch = Callable[[Callable[[], Any]], float]
+
+
+class Timer(ABC):
+    """Whatever compiles and times the schedules of one class."""
+
+    @abstractmethod
+    def prune(self, schedules: Sequence[Schedule], seconds: float) -> dict[Schedule, str | None]:
+        """Compile, for at most so long; return why some will not do, and ``None`` for those that were not ready."""
+
+    @abstractmethod
+    def __call__(self, schedule: Schedule) -> float:
+        """Return the seconds that one call takes; raise if it does not compile, run, or agree with torch."""
+
+
+DEFAULT_BUDGET_S = 15.0
+#: Share of the time left that compilation may take; the rest is for timing what was compiled.
+_COMPILE_SHARE = 0.75
+#: Relative error of a schedule's results against torch; bfloat16 results differ by 4e-3.
+_TOLERANCE = 2e-2
+_clock = time.perf_counter
 _spent_s = 0.0
 _chosen: dict[str, Schedule] = {}
 
@@ -43,7 +65,7 @@ _chosen: dict[str, Schedule] = {}
 class ShapeClass:
     """What a measured choice holds for."""
 
-    spec: LinearSpec
+    spec: LinearSpec | Kernel
     target: Target
     device: str
     load: int
@@ -62,9 +84,18 @@ class ShapeClass:
         """Where the choice is kept."""
         return store.cache_folder() / "schedules" / f"{digest(self.text)[:32]}.json"
 
+    @property
+    def preferred(self) -> Schedule:
+        """The schedule that is taken without a device."""
+        if isinstance(self.spec, LinearSpec):
+            return choose(self.spec, self.target, self.load, self.experts, self.block_m)
+        return self.spec.schedule(self.target, self.load, self.block_m)
+
     def candidates(self) -> tuple[Schedule, ...]:
-        """Return the schedules to time, the model's choice first."""
-        return short_list(self.spec, self.target, self.load, self.experts, self.block_m)
+        """Return the schedules to time, the preferred one first."""
+        if isinstance(self.spec, LinearSpec):
+            return short_list(self.spec, self.target, self.load, self.experts, self.block_m)
+        return self.spec.candidates(self.target, self.load, self.block_m)[:SHORT_LIST]
 
 
 def is_enabled() -> bool:
@@ -72,25 +103,25 @@ def is_enabled() -> bool:
     return os.environ.get("MOEFX_AUTOTUNE", "1") not in ("0", "off", "false")
 
 
-def schedule_for(spec: LinearSpec, target: Target, load: int, experts: int, block_m: int | None = None) -> Schedule:
+def schedule_for(
+    spec: LinearSpec | Kernel, target: Target, load: int, experts: int, block_m: int | None = None
+) -> Schedule:
     """Return the schedule to run: a measured one on a device that is present, else the model's."""
-    block_m = block_m or row_tile(load)
     device = _device_of(target)
+    name = "" if device is None else _name_of(device)
+    shape = ShapeClass(spec, target, name, load, experts, block_m or row_tile(load))
     if device is None or not is_enabled():
-        return choose(spec, target, load, experts, block_m)
-    import torch
-
-    shape = ShapeClass(spec, target, torch.cuda.get_device_name(device), load, experts, block_m)
-    return decide(shape, lambda: DeviceTimer(shape, device), may_time=not torch.cuda.is_current_stream_capturing())
+        return shape.preferred
+    return decide(shape, lambda: DeviceTimer(shape, device), may_time=not _is_capturing())
 
 
 def decide(shape: ShapeClass, timer: Callable[[], Timer], may_time: bool = True) -> Schedule:
     """Return the choice for a class: remembered, read, or timed with what ``timer()`` returns."""
     known = _chosen.get(shape.text) or _read(shape)
     if known is None:
-        if not may_time or _spent_s >= _budget_s():
-            return choose(shape.spec, shape.target, shape.load, shape.experts, shape.block_m)
-        known = _time(shape, timer())
+        if not may_time or _left_s() <= 0 or len(shape.candidates()) == 1:
+            return shape.preferred
+        known = _time(shape, timer)
     _chosen[shape.text] = known
     return known
 
@@ -114,28 +145,51 @@ def _budget_s() -> float:
         return DEFAULT_BUDGET_S
 
 
-def _time(shape: ShapeClass, timer: Timer) -> Schedule:
-    """Time the candidates, keep what was found, and return the fastest; the model's choice if none ran."""
+def _left_s() -> float:
+    return _budget_s() - _spent_s
+
+
+def _time(shape: ShapeClass, timer: Callable[[], Timer]) -> Schedule:
+    """Time the candidates and return the fastest of those that were ready; keep the choice if all were."""
     global _spent_s
-    start = time.perf_counter()
+    start, candidates = _clock(), shape.candidates()
+    deadline = start + _left_s()
+    made = timer()
+    pruned = made.prune(candidates, _COMPILE_SHARE * (deadline - _clock()))
     seconds: dict[Schedule, float] = {}
-    pruned: dict[Schedule, str] = {}
-    candidates = shape.candidates()
     for schedule in candidates:
+        if schedule in pruned:
+            continue
+        if _clock() >= deadline:
+            pruned[schedule] = None
+            continue
         try:
-            seconds[schedule] = timer(schedule)
+            seconds[schedule] = made(schedule)
         except Exception as error:  # a compiler may raise anything; it is the reason why the candidate is out
             pruned[schedule] = f"{type(error).__name__}: {error}"[:500]
-            logger.info("pruned %s: %s", schedule.describe(), pruned[schedule])
-    best = min(seconds, key=seconds.__getitem__) if seconds else candidates[0]
-    _spent_s += time.perf_counter() - start
-    logger.info(
-        "timed %d schedules of %s in %.1f s: %s",
-        len(candidates), shape.spec.name, time.perf_counter() - start, best.describe(),
-    )  # fmt: skip
-    if seconds:
-        _write(shape, best, seconds, pruned)
+    taken_s = _clock() - start
+    _spent_s += taken_s
+    _report(shape, seconds, pruned, taken_s)
+    reasons = {schedule: reason for schedule, reason in pruned.items() if reason is not None}
+    best = _best(candidates, seconds, reasons)
+    if seconds and len(reasons) == len(pruned):
+        _write(shape, best, seconds, reasons)
     return best
+
+
+def _best(candidates: Sequence[Schedule], seconds: dict[Schedule, float], faulty: dict[Schedule, str]) -> Schedule:
+    """Return the fastest; if none was timed, the preferred one of those that are not known to be faulty."""
+    if seconds:
+        return min(seconds, key=seconds.__getitem__)
+    return next((schedule for schedule in candidates if schedule not in faulty), candidates[0])
+
+
+def _report(
+    shape: ShapeClass, seconds: dict[Schedule, float], pruned: dict[Schedule, str | None], taken_s: float
+) -> None:
+    for schedule, reason in pruned.items():
+        logger.info("pruned %s: %s", schedule.describe(), reason or "not ready in time")
+    logger.info("timed %d schedules of %s in %.1f s", len(seconds), shape.spec.name, taken_s)
 
 
 def _write(shape: ShapeClass, best: Schedule, seconds: dict[Schedule, float], pruned: dict[Schedule, str]) -> None:
@@ -179,80 +233,74 @@ def _device_of(target: Target) -> torch.device | None:
     return device if target_of(device) == target else None
 
 
-class DeviceTimer:
-    """Time schedules on random rows, spread evenly over the experts, and check what they compute."""
+def _name_of(device: torch.device) -> str:
+    import torch
 
-    def __init__(self, shape: ShapeClass, device: torch.device) -> None:
-        import torch
+    return torch.cuda.get_device_name(device)
 
-        spec, experts = shape.spec, shape.experts
-        rows = shape.load * experts
-        dtype: torch.dtype = getattr(torch, spec.dtype)
-        generator = torch.Generator(device).manual_seed(0)
 
-        def draw(*sizes: int) -> torch.Tensor:
-            made = torch.empty(sizes, device=device, dtype=dtype)
-            return made.normal_(generator=generator)
+def _is_capturing() -> bool:
+    import torch
 
-        tokens = -(-rows // spec.top_k) if spec.gather else rows
-        self.spec, self.rows, self.block_m = spec, rows, shape.block_m
-        self.x = draw(tokens, spec.in_features)
-        scale = spec.in_features**-0.5
-        self.weights = [draw(experts, spec.weight_rows, spec.in_features).mul_(scale) for _ in range(spec.weights)]
-        self.biases = [draw(experts, spec.weight_rows) for _ in range(spec.weights if spec.bias else 0)]
-        self.order = torch.randperm(rows, device=device, generator=generator) if spec.gather else None
-        self.offsets = torch.arange(experts + 1, device=device) * shape.load
-        self.want = self._sample()
+    return torch.cuda.is_current_stream_capturing()
+
+
+class DeviceTimer(Timer):
+    """Times schedules on a device, and checks what they compute."""
+
+    def __init__(self, shape: ShapeClass, device: torch.device, clock: Stopwatch | None = None) -> None:
+        from moefx.codegen.trials import trial_of
+
+        self.shape, self.device = shape, device
+        self.trial = trial_of(shape, device)
+        self.clock = clock or median_s
+
+    def prune(self, schedules: Sequence[Schedule], seconds: float) -> dict[Schedule, str | None]:
+        """Compile in processes of their own what is to be launched; Triton finds it in its cache then."""
+        from moefx.codegen import aot
+        from moefx.codegen.reasons import CannotLower
+
+        if self.shape.target.arch != _arch_of(self.device):
+            return {}  # compiled for another architecture than it will run on, it says nothing
+        jobs = [aot.launch_job(self.shape.spec, one, self.trial.arguments(one), self.shape.target) for one in schedules]
+        pruned: dict[Schedule, str | None] = {}
+        for schedule, found in zip(schedules, aot.compile_within(jobs, seconds), strict=True):
+            if isinstance(found, aot.NotInTime):
+                pruned[schedule] = None
+            elif isinstance(found, CannotLower):
+                pruned[schedule] = found.found
+            elif problems := found.problems(self.shape.target):
+                pruned[schedule] = "; ".join(problems)
+        return pruned
 
     def __call__(self, schedule: Schedule) -> float:
         """Return the median seconds of one call.
 
         Raises :class:`ArithmeticError` if the result is not what torch computes.
         """
-        import torch
-        from triton.testing import do_bench
+        from moefx.codegen.emit import emit
 
-        from moefx.codegen import runtime
-
-        kernel = runtime.Projection(self.spec, schedule)
-        tiles = runtime.tile_map(self.offsets, self.rows, self.block_m)
-        out = torch.full((self.rows, self.spec.out_features), torch.nan, device=self.x.device, dtype=self.x.dtype)
-        kept = out.new_empty((self.rows, self.spec.weight_rows * self.spec.weights)) if self.spec.keep else None
-
-        def call() -> torch.Tensor:
-            return kernel(self.x, self.weights, self.biases, self.order, tiles, out, kept)
-
-        call()
-        self._compare(out)
-        return float(do_bench(call, warmup=5, rep=20, return_mode="median")) / 1e3
-
-    def _sampled_rows(self) -> list[slice]:
-        """Return the first rows of some experts."""
-        starts = self.offsets[:-1][:_SAMPLED_EXPERTS].tolist()
-        load = self.rows // (self.offsets.shape[0] - 1)
-        return [slice(start, start + min(_SAMPLED_ROWS, load)) for start in starts]
-
-    def _sample(self) -> torch.Tensor:
-        """Return what the kernel is to write into the sampled rows, by torch in float32 and float64."""
-        import torch
-
-        found = []
-        for expert, rows in enumerate(self._sampled_rows()):
-            source = torch.arange(rows.start, rows.stop, device=self.x.device)
-            if self.order is not None:
-                source = self.order[rows] // self.spec.top_k
-            x = self.x[source].float()
-            z = [x @ weight[expert].float().t() for weight in self.weights]
-            if self.biases:
-                z = [value + bias[expert].float() for value, bias in zip(z, self.biases, strict=True)]
-            halves = z if len(z) == self.spec.halves else list(z[0].chunk(2, dim=1))
-            found.append(self.spec.epilogue.evaluate(*halves))
-        return torch.cat(found)
-
-    def _compare(self, out: torch.Tensor) -> None:
-        import torch
-
-        got = torch.cat([out[rows] for rows in self._sampled_rows()]).double()
-        error = float((got - self.want).norm() / self.want.norm())
+        launch = store.load(emit(self.shape.spec, schedule), self.shape.spec.name).launch
+        arguments = self.trial.arguments(schedule)
+        launch(*arguments)
+        error = self.trial.error()
         if not error < _TOLERANCE:
             raise ArithmeticError(f"relative error {error:.1e} against torch")
+        return self.clock(lambda: launch(*arguments))
+
+
+def median_s(call: Callable[[], Any]) -> float:
+    """Return the median seconds of a call on the current device, with cold caches."""
+    from triton.testing import do_bench
+
+    return float(do_bench(call, warmup=5, rep=20, return_mode="median")) / 1e3
+
+
+def _arch_of(device: torch.device) -> int | str:
+    """Return what Triton compiles for on a device."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).partition(":")[0]
+    return int(properties.major * 10 + properties.minor)

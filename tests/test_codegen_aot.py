@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,16 @@ from moefx.codegen.aot import (
     MATRIX_INSTRUCTIONS,
     Compiled,
     Job,
+    NotInTime,
     compile_all,
     compile_for,
     compile_module,
+    compile_within,
     job,
     tile_map_job,
 )
 from moefx.codegen.disassembly import read_gcn
+from moefx.codegen.schedule import ranked
 from tests.codegen_support import DEVICES, STANDARD, best, down_projection, needs_triton, up_projection
 
 pytestmark = needs_triton
@@ -71,21 +75,44 @@ def test_standard_kernels_fit_their_target(
         assert main.count(copies) > 0, f"tiles are to be copied asynchronously: {main.row()}"
 
 
+def few_rows(kernel: str, device: str, *, parts: bool, swapped: bool) -> Job:
+    """Return the job of the cheapest schedule of a form, for four rows per expert."""
+    spec, chosen = STANDARD[kernel](), target(device)
+    found = next(s for s in ranked(spec, chosen, 4, 8) if (s.parts > 1, s.swapped) == (parts, swapped))
+    assert found.block_m == 16
+    return job(spec, found, chosen)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("device", ["sm_80", "sm_90"])
-def test_few_rows_stream_the_weights(device: str) -> None:
-    """Tiles of 16 rows, whose weights are copied ahead of their products in several stages."""
-    chosen, jobs = target(device), []
-    for spec in (up_projection(), down_projection()):
-        schedule = choose(spec, chosen, 16, 64)
-        assert (schedule.block_m, schedule.variant) == (16, "pointer")
-        assert schedule.num_stages >= 3
-        jobs.append(job(spec, schedule, chosen))
-    for found in compile_all(jobs):
+def test_few_rows_stream_the_weights() -> None:
+    """Tiles of 16 rows, whose weights are copied ahead of their products: whole, in parts of K, operands swapped."""
+    jobs = {
+        **{(device, "up"): few_rows("up", device, parts=False, swapped=False) for device in DEVICES},
+        **{(device, "down"): few_rows("down", device, parts=True, swapped=False) for device in DEVICES},
+        **{(device, "swapped"): few_rows("gated", device, parts=True, swapped=True) for device in ("sm_90", "sm_100")},
+    }
+    for (device, form), found in zip(jobs, compile_all(list(jobs.values())), strict=True):
         assert isinstance(found, Compiled), found
-        assert not found.problems(chosen)
-        assert found.main.count("LDGSTS") > 0, found.main.row()
-        assert found.main.count("HMMA") > 0, found.main.row()
+        assert not found.problems(target(device))
+        assert [one.kernel.rpartition(".")[2] == "reduce" for one in found.kernels] == [True, False][form == "up" :]
+        # Sixteen rows fill the narrow instructions, and the weights' columns the wide ones.
+        narrow = "v_mfma" if device == "gfx942" else "HMMA"
+        assert found.main.count(MATRIX_INSTRUCTIONS[device] if form == "swapped" else narrow) > 0, found.main.row()
+        if device != "gfx942":
+            assert found.main.count("LDGSTS") > 0, found.main.row()
+
+
+def test_what_is_not_ready_in_time_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEFX_CACHE_DIR", str(tmp_path))
+    one = job(CombineSpec(48, 1, "float32"), None, target("sm_80"))
+    start = time.monotonic()
+    late = compile_within([one, one], 0.3)
+    assert time.monotonic() - start < 5.0
+    assert [type(found) for found in late] == [NotInTime, NotInTime]
+    assert "no result after" in str(late[0])
+    assert type(compile_within([one], 0.0)[0]) is NotInTime
+    compiled = compile_module(one)
+    assert compile_within([one], 0.0) == [compiled], "what is kept takes no time"
 
 
 @pytest.mark.parametrize("width", [100, 1150])
