@@ -54,6 +54,11 @@ def recorded(node: Any) -> Any:
     return node.meta.get("val", node.meta.get("example_value")) if isinstance(node, fx.Node) else None
 
 
+def is_data(node: fx.Node) -> bool:
+    """Whether a node computes with what it reads; a size or a device says nothing of it."""
+    return isinstance(recorded(node), torch.Tensor | list | tuple) or node.op == "output"
+
+
 class Values:
     """The tensors of a graph's nodes, fake or real."""
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from torch import fx
 
+from moefx.codegen.choice_lowering import ChoiceLowering
 from moefx.codegen.router_lowering import GroupLowering, RouterLowering
 from moefx.codegen.spec import RegionSpec
 from moefx.codegen.token_lowering import TokenLowering
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from moefx.codegen.attention import HeadLowering
 
 #: What a graph is found to hold.
-Found: TypeAlias = "Lowering | HeadLowering | TokenLowering | RouterLowering | GroupLowering | Refusal"
+Found: TypeAlias = "Lowering | ChoiceLowering | HeadLowering | TokenLowering | RouterLowering | GroupLowering | Refusal"
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,10 @@ def describe(found: Iterable[Found]) -> str:
     for item in found:
         if isinstance(item, Refusal):
             lines += [f"{item.name}: {item.kind} not lowered", f"  because {item.reason}"]
-        elif isinstance(item, Lowering):
+        elif isinstance(item, Lowering | ChoiceLowering):
             lines.append(f"{item.name}: region {item.region.key}")
-            lines += [f"  {kernel.name}" for kernel in item.region.kernels]
+            others = item.kernels if isinstance(item, ChoiceLowering) else ()
+            lines += [f"  {kernel.name}" for kernel in (*item.region.kernels, *others)]
             lines += [f"  ends there because {note}" for note in item.notes]
         else:
             lines += [f"{item.name}: {item.what}", *(f"  {kernel.name}" for kernel in item.kernels)]

@@ -1,8 +1,9 @@
 """Find routed regions in a graph and say which kernels compute them, or why none do.
 
-What is found: regions of grouped projections (`moefx.codegen.regions`), routers and groupings
-(`moefx.codegen.router_lowering`), attention of routed heads, and tokens that are taken out and put back; all by data
-flow alone, in traced, exported and dynamo graphs. `moefx.codegen.replacing` puts their kernels into the graph.
+What is found: regions of grouped projections (`moefx.codegen.regions`), those whose experts chose their tokens
+(`moefx.codegen.choice_lowering`), routers and groupings (`moefx.codegen.router_lowering`), attention of routed heads,
+and tokens that are taken out and put back; all by data flow alone, in traced, exported and dynamo graphs.
+`moefx.codegen.replacing` puts their kernels into the graph.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import fx
 
 from moefx.codegen.calls import Values, calls, dialect_op, site_of
+from moefx.codegen.choice_lowering import ChoiceLowering, lower_choice
 from moefx.codegen.findings import Found, Lowering, Refusal, anchor_of, describe
 from moefx.codegen.reasons import CannotLower
 from moefx.codegen.regions import RegionFinder
@@ -43,8 +45,11 @@ class _Finder:
         self.regions = RegionFinder(graph, self.value)
 
     def find(self) -> list[Found]:
-        found: list[Found] = []
+        found = self.choices()
+        inside = {node for item in found if isinstance(item, ChoiceLowering) for node in item.nodes}
         for node in self.graph.nodes:
+            if node in inside:
+                continue
             try:
                 one = self.at(node)
             except CannotLower as error:
@@ -53,6 +58,17 @@ class _Finder:
             found += [] if one is None else [one]
         routers = [item for node in self.graph.nodes if is_choice(node) for item in self.router(node)]
         return sorted([*found, *routers], key=lambda item: self.position[anchor_of(item)])
+
+    def choices(self) -> list[Found]:
+        """Return the FFNs whose experts chose their tokens, first: other kernels would take parts of them."""
+        found: list[Found] = []
+        for node in self.graph.nodes:
+            if calls(node, "scatter"):
+                try:
+                    found.append(lower_choice(node, self.value))
+                except CannotLower as error:
+                    found.append(Refusal(site_of(node), node, error.found or error.asked))
+        return found
 
     def at(self, node: fx.Node) -> Found | None:
         """Return what begins, or is decided, at a node."""

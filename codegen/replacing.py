@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
+from moefx.codegen.choice_lowering import ChoiceLowering
 from moefx.codegen.findings import Found, Lowering, Refusal
 from moefx.codegen.router_lowering import GroupLowering, RouterLowering
 from moefx.codegen.token_lowering import TokenLowering
@@ -22,6 +23,7 @@ def replace(graph: fx.GraphModule, found: Iterable[Found], training: bool = Fals
     # The operators are defined only where kernels are wanted.
     import moefx.codegen.attention
     import moefx.codegen.backward
+    import moefx.codegen.choice
     import moefx.codegen.routing
     import moefx.codegen.tokens  # noqa: F401
 
@@ -34,6 +36,8 @@ def replace(graph: fx.GraphModule, found: Iterable[Found], training: bool = Fals
     for lowering in regions:
         if isinstance(lowering, Lowering):
             _replace_region(graph, _placed(lowering, placements), training)
+        elif isinstance(lowering, ChoiceLowering):
+            lowering.replace(graph, training)
         elif isinstance(lowering, TokenLowering):
             lowering.replace(graph)
         else:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
-from moefx.codegen.calls import calls
+from moefx.codegen.calls import calls, is_data
 from moefx.codegen.kernels.grouping import MOST_EXPERTS, GroupingSpec
 from moefx.codegen.kernels.router import RouterGradSpec, RouterSpec
 from moefx.codegen.pointwise import Arg
@@ -243,7 +243,7 @@ class _Router:
         """Return what was read, with the outputs that others read."""
         reader = self.reader
         inside = {*reader.needed(self.scores), *self.between, self.choice}
-        leaving = [n for n in inside if n in reader.env and any(u not in inside and _is_data(u) for u in n.users)]
+        leaving = [n for n in inside if n in reader.env and any(u not in inside and is_data(u) for u in n.users)]
         if not leaving and not index.users:
             raise CannotLower("lower a router", found=f"nothing reads what {self.choice.name} chooses")
         leaving.sort(key=list(self.root.graph.nodes).index)
@@ -303,12 +303,6 @@ class _Router:
             if given.dtype in (torch.bfloat16, torch.float16, torch.float32) and cast.dtype == torch.float32:
                 return source
         return node
-
-
-def _is_data(node: fx.Node) -> bool:
-    """Whether a node computes with what it reads; a size or a device says nothing of it."""
-    made = node.meta.get("val", node.meta.get("example_value"))
-    return isinstance(made, torch.Tensor | list | tuple) or node.op == "output"
 
 
 def _dtype(tensor: torch.Tensor) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch._logging._internal import trace_structured
 
-from moefx.codegen import attention, backward, launcher, routing, runtime, tokens
+from moefx.codegen import attention, backward, choice, launcher, routing, runtime, tokens
 from moefx.codegen.lower import Found, Refusal, describe, lowerings, replace
 from moefx.codegen.router_lowering import GroupLowering, RouterLowering
 from moefx.codegen.runtime import interpreting, triton_installed
@@ -79,6 +79,7 @@ def reset() -> None:
     """Forget the kernels loaded in this process; ``torch.compiler.reset()`` calls this. Files stay on disk."""
     attention.clear()
     backward.clear()
+    choice.clear()
     routing.clear()
     launcher.clear()
     tokens.clear()

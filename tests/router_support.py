@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moefx import ops
 from moefx.codegen import lowerings
@@ -36,3 +38,21 @@ def standard_router(experts: int, dtype: torch.dtype) -> RouterSpec:
     tokens = torch.zeros(3, 5, 1152, dtype=dtype)
     graph = traced(renormalised, tokens, torch.zeros(experts, 1152), torch.zeros(experts))
     return next(item.spec for item in lowerings(graph) if isinstance(item, RouterLowering))
+
+
+class Recorder(TorchDispatchMode):
+    """Note every operator that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def waiting(self) -> set[str]:
+        """Those that wait for a number from the device."""
+        known = {"_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "bincount"}
+        return self.names & known

@@ -42,9 +42,15 @@ def interpret(script: str, cache: Path, *more: str) -> None:
 @pytest.mark.parametrize(
     "scripts",
     [
-        ("interpreted_kernels.py", "interpreted_attention.py", "interpreted_tma.py"),
+        (
+            "interpreted_kernels.py",
+            "interpreted_attention.py",
+            "interpreted_tma.py",
+            "interpreted_few_rows.py",
+            "interpreted_trials.py",
+        ),
         ("interpreted_backend.py", "interpreted_models.py"),
-        ("interpreted_backward.py", "interpreted_fuzz.py", "interpreted_router.py"),
+        ("interpreted_backward.py", "interpreted_fuzz.py", "interpreted_router.py", "interpreted_choice.py"),
     ],
     ids=["forward", "backend", "backward"],
 )

@@ -1,5 +1,7 @@
 """Kernels that are no forward projection, one file each: its spec, its tiles and its text."""
 
+from moefx.codegen.kernels.choice_layout import ChoiceLayoutSpec
+from moefx.codegen.kernels.choice_sum import ChoiceGradSpec, ChoiceSumSpec
 from moefx.codegen.kernels.gate_grad import GateGradSpec
 from moefx.codegen.kernels.head_attention import HeadAttentionSpec
 from moefx.codegen.kernels.input_grad import InputGradSpec
@@ -12,6 +14,9 @@ from moefx.codegen.kernels.token_sum import TokenSumSpec
 from moefx.codegen.kernels.weight_grad import WeightGradSpec
 
 __all__ = [
+    "ChoiceGradSpec",
+    "ChoiceLayoutSpec",
+    "ChoiceSumSpec",
     "GateGradSpec",
     "HeadAttentionSpec",
     "InputGradSpec",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moefx.codegen import Lowering, Refusal, RegionSpec, Target, lowerings, runtime
+from moefx.codegen.choice_lowering import ChoiceLowering
 from moefx.codegen.emit import emit
 from moefx.codegen.schedule import load_class
 from moefx.codegen.spec import Kernel
@@ -70,8 +71,8 @@ def regions_of(graph: Graph) -> tuple[list[RegionUse], list[Refusal]]:
     for item in lowerings(graph):
         if isinstance(item, Refusal):
             refused.append(item)
-        elif isinstance(item, Lowering):
-            rows, experts = _load(item)
+        elif isinstance(item, Lowering | ChoiceLowering):
+            rows, experts = (item.rows, item.experts) if isinstance(item, ChoiceLowering) else _load(item)
             key = (item.region.key, rows, experts)
             before = uses.get(key, RegionUse(item.region, (), rows, experts, item.notes))
             uses[key] = dataclasses.replace(before, sites=(*before.sites, item.name))
