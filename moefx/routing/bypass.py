@@ -124,7 +124,7 @@ class BypassedFFN(nn.Module):
         y: Tensor = self.experts(h.flatten(0, 1), expert, gates)
         if self.b_out is not None:
             y = y + (gates * self.b_out.to(gates.dtype)).to(y.dtype)
-        return y.reshape(*h.shape[:2], -1)
+        return y.reshape(*h.shape[:2], y.shape[-1])
 
 
 def _stacked(weights: FFNWeights) -> FFNWeights:

@@ -80,7 +80,8 @@ class MixedFFN(KeepFloat32):
         """Map ``[B, ..., D]`` to ``[B, ..., D_o]``."""
         a_BK = self.coefficients(x, *taps)
         merged = {name: torch.einsum("bk,k...->b...", a_BK.to(w), w) for name, w in self.mixed.items()}
-        tokens = x.reshape(x.shape[0], -1, x.shape[-1]) if a_BK.shape[0] > 1 else x.reshape(1, -1, x.shape[-1])
+        by_sample = x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1)
+        tokens = by_sample if a_BK.shape[0] == x.shape[0] else x.reshape(1, -1, x.shape[-1])
         up = _linear(tokens, merged["w_in"], merged.get("b_in"))
         gate = _linear(tokens, merged["w_gate"], merged.get("b_gate")) if "w_gate" in merged else None
         hidden = self.act(up) if gate is None else self.act(up, gate)

@@ -5,7 +5,6 @@ Legend: B samples, T tokens, D width, C tokens that stay, S sparse tokens, m blo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -107,7 +106,7 @@ class SparseTokens(nn.Module):
 
 
 def _side(total: int) -> int:
-    side = math.isqrt(total)
+    side = int(total**0.5 + 0.5)  # isqrt() takes no symbolic number of tokens
     if side * side != total:
         raise InputError("pool tokens of a square grid", found=f"{total} tokens", do="use square images")
     return side
