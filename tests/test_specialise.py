@@ -14,7 +14,8 @@ from examples.dit import DiT
 from examples.randomise import randomise_zeros
 from moefx.errors import InputError, NothingMatched
 from moefx.graph.inputs import synthesise
-from moefx.model.specialise import Specialised, specialise
+from moefx.model.specialise import specialise
+from moefx.model.specialised import Specialised
 from moefx.routing import Experts, LinearRouter, RoutedFFN, random_weights
 from moefx.routing.static import FusedFFN, fuse
 from moefx.zoo import tiny

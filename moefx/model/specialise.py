@@ -7,28 +7,26 @@ left out. Steps with the same choice share a model, and all models share their w
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from moefx.errors import GuardError, InputError, NothingMatched, nearest
+from moefx.errors import InputError, NothingMatched
 from moefx.graph import Graph, trace
-from moefx.graph.signature import CallSpec, Inputs
-from moefx.model.carry import asked_for, described
-from moefx.model.handle import handle_of
-from moefx.model.local import JSON
+from moefx.graph.signature import Inputs
+from moefx.model.carry import root_inputs
+from moefx.model.local import call_inputs
 from moefx.model.sides import model_of, switch_of, variants_by_side
 from moefx.model.slice_heads import CannotSlice, slice_heads
+from moefx.model.specialised import Promise, Specialised, one_sample, rounded
 from moefx.passes.analysis import Facts, analyse
 from moefx.passes.analysis.conditioning import TIMESTEP
+from moefx.routing.record import RoutingRecord
 from moefx.routing.static import ConstantGates, FirstArgument, Foldable
 
 
@@ -39,105 +37,6 @@ class _Folding:
     path: str
     module: Any
     arguments: tuple[Node, ...]
-
-
-class _Promise:
-    """Inputs that were promised to stay what they were; checked at every call."""
-
-    def __init__(self, spec: CallSpec, names: Sequence[str]) -> None:
-        known = [tensor.name for tensor in spec.tensors]
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise InputError(f"fix the input {unknown[0]!r}", found="no such tensor", do=nearest(unknown[0], known))
-        self.spec = spec
-        self.rows = {known.index(name): _one_sample(spec.examples[known.index(name)]) for name in names}
-
-    def kept(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call passes the promised values, for every sample."""
-        if not self.rows:
-            return True
-        try:
-            values = self.spec.tensors_of(args, kwargs)
-        except GuardError:
-            return False
-        return all(bool((values[i].cpu() == row.cpu()).all()) for i, row in self.rows.items())
-
-
-class Specialised(nn.Module):
-    """A routed model for a fixed list of timesteps; called like the model.
-
-    The variant is looked up by the timestep argument: free on the CPU, a wait for the device if it lives elsewhere,
-    which :meth:`at` avoids. Another timestep, or a batch with several, runs the routed model itself: slower, never
-    wrong, and counted in ``fallbacks``. Attributes that it lacks are the routed model's (``config``, ``dtype``).
-
-    Attributes:
-        routed: the model it was made from, as it was.
-        variants: the static models; weights that are not sliced or fused are the routed model's own.
-        variant_of: which variant serves a timestep.
-        left: routed modules that stay routed, and why.
-        fallbacks: calls that the routed model had to serve.
-    """
-
-    def __init__(
-        self,
-        routed: nn.Module,
-        variants: Sequence[nn.Module],
-        variant_of: dict[float, int],
-        left: dict[str, str],
-        name: str,
-        promise: _Promise,
-    ) -> None:
-        super().__init__()
-        self.routed, self.variants = routed, nn.ModuleList(variants)
-        self.variant_of, self.left, self.fallbacks = dict(variant_of), dict(left), 0
-        self._argument, self._promise = name, promise
-        self._position = _position(routed, name)
-        self._fixed: int | None = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the variant of this call's timestep."""
-        index = self._fixed if self._fixed is not None else self._index(args, kwargs)
-        return (self.routed if index is None else self.variants[index])(*args, **kwargs)
-
-    @contextmanager
-    def at(self, timestep: float) -> Iterator[Specialised]:
-        """Run the variant of ``timestep`` inside the block, without looking at the argument.
-
-        Raises:
-            InputError: the model was not specialised for it.
-        """
-        timestep = _rounded(timestep)
-        if timestep not in self.variant_of:
-            known = ", ".join(f"{t:g}" for t in self.variant_of)
-            raise InputError(f"run at timestep {timestep:g}", found=f"variants for {known}", do="specialise for it")
-        before, self._fixed = self._fixed, self.variant_of[timestep]
-        try:
-            yield self
-        finally:
-            self._fixed = before
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile every variant and the routed model, with the arguments of ``torch.compile``."""
-        for model in (*self.variants, self.routed):
-            model.compile(*args, **kwargs)
-
-    def _index(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-        value = kwargs[self._argument] if self._argument in kwargs else args[self._position]
-        times = set(value.flatten().tolist()) if isinstance(value, Tensor) else {value}
-        found = self.variant_of.get(_rounded(times.pop())) if len(times) == 1 else None
-        found = found if self._promise.kept(args, kwargs) else None
-        self.fallbacks += found is None
-        return found
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("routed"), name)
-
-    def extra_repr(self) -> str:
-        """Describe the model in ``print``."""
-        return f"{len(self.variant_of)} timesteps, {len(self.variants)} variants, {len(self.left)} modules stay routed"
 
 
 @torch.no_grad()
@@ -169,7 +68,7 @@ def specialise(
     graph = trace(model, inputs)
     facts = analyse(graph)
     assert graph.call_spec is not None
-    source, promise = _timestep_input(graph, facts), _Promise(graph.call_spec, fixed)
+    source, promise = _timestep_input(graph, facts), Promise(graph.call_spec, fixed)
     foldings, left = _foldings(graph, facts, {source.name, *fixed})
     if not foldings:
         found = "; ".join(f"{path}: {why}" for path, why in left.items()) or "no routed module"
@@ -183,7 +82,7 @@ def specialise(
     chosen: dict[tuple[Hashable, ...], int] = {}
     variants: list[nn.Module] = []
     variant_of: dict[float, int] = {}
-    cutter = _Cutter(model)
+    cutter = _Cutter(graph)
     for time, values in zip(times, _evaluate(graph, source, foldings, times), strict=True):
         folded = [f.module.fold(v, shared[f.path]) for f, v in zip(foldings, values, strict=True)]
         key = tuple(choice for choice, _ in folded)
@@ -203,23 +102,14 @@ def _specialise_sides(model: nn.Module, times: Sequence[float], inputs: Inputs, 
     graph = trace(model_of(model, "high"), inputs)
     assert graph.call_spec is not None
     made = variants_by_side(model, times, lambda expert, mine: specialise(expert, mine, inputs, fixed=fixed))
-    return Specialised(model, *made, found[1].argument, _Promise(graph.call_spec, fixed))
+    return Specialised(model, *made, found[1].argument, Promise(graph.call_spec, fixed))
 
 
 class _Cutter:
     """Cuts heads that are off out of the blocks of variants; a block with the same heads is cut once."""
 
-    def __init__(self, model: nn.Module) -> None:
-        handle = handle_of(model)
-        self.inputs: dict[str, JSON] = {}
-        for plan in handle.plans if handle else ():
-            carried = asked_for(plan.carried, plan.sites)
-            for site in plan.sites:
-                if site.block is not None and site.block_inputs is not None:
-                    # A later transform may pass further values to the same block.
-                    before = self.inputs.get(site.block, site.block_inputs)
-                    passed = before["kwargs"] | described(carried, site.block)
-                    self.inputs[site.block] = {**before, "kwargs": passed}
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
         self.done: dict[Hashable, nn.Module | None] = {}
         self.left: dict[str, str] = {}
 
@@ -241,10 +131,11 @@ class _Cutter:
         return variant
 
     def _cut_block(self, block: nn.Module, path: str, gates: Mapping[str, ConstantGates]) -> nn.Module | None:
-        inputs = self.inputs.get(path)
+        calls = [call for call in self.graph.calls if call.path == path]
         try:
-            if inputs is None:
-                raise CannotSlice("its block was not captured")
+            if path and len(calls) != 1:
+                raise CannotSlice(f"its block is called {len(calls)} times")
+            inputs = call_inputs(calls[0]) if path else root_inputs(self.graph)
             return slice_heads(block, inputs, gates)
         except CannotSlice as reason:
             self.left[path] = f"heads that are off are masked, not cut out: {reason}"
@@ -259,17 +150,12 @@ def _called_alike(static: nn.Module) -> nn.Module:
 
 def _times(timesteps: Sequence[float] | Tensor) -> list[float]:
     given = timesteps.flatten().tolist() if isinstance(timesteps, Tensor) else list(timesteps)
-    times = [_rounded(t) for t in given]
+    times = [rounded(t) for t in given]
     if not times or not all(math.isfinite(t) for t in times):
         raise InputError(
             "specialise a model", found=f"timesteps {times[:5]}", do="pass the sampler's timesteps, at least one"
         )
     return list(dict.fromkeys(times))
-
-
-def _rounded(timestep: float) -> float:
-    """Return the float32 nearest to a timestep: a list of Python numbers and the tensor made of it agree."""
-    return float(np.float32(timestep))
 
 
 def _timestep_input(graph: Graph, facts: Facts) -> Node:
@@ -291,9 +177,11 @@ def _foldings(graph: Graph, facts: Facts, given: set[str]) -> tuple[list[_Foldin
     left: dict[str, str] = {}
     for node in graph.fx.nodes:
         module: Any = graph.root.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(module, Foldable):
-            continue
         path = str(node.target)
+        if not isinstance(module, Foldable):
+            if module is not None and any(isinstance(part, RoutingRecord) for part in module.modules()):
+                left[path] = f"a {type(module).__name__} has no static form"
+            continue
         arguments = tuple(node.args[i] for i in module.deciding if i < len(node.args))
         others = sorted(_inputs_behind(facts, arguments) - given)
         if not module.deciding:
@@ -328,7 +216,7 @@ def _evaluate(
             if node in needed:
                 at_time = torch.full_like(examples[node], time) if node is source else examples.get(node)
                 env[node] = at_time if node.op == "placeholder" else graph.run_node(node, env)
-        yield [tuple(_one_sample(env[node]) for node in folding.arguments) for folding in foldings]
+        yield [tuple(one_sample(env[node]) for node in folding.arguments) for folding in foldings]
 
 
 def _ancestors(nodes: Sequence[Node]) -> set[Node]:
@@ -340,10 +228,6 @@ def _ancestors(nodes: Sequence[Node]) -> set[Node]:
             seen.add(node)
             stack.extend(node.all_input_nodes)
     return seen
-
-
-def _one_sample(value: Tensor) -> Tensor:
-    return value[:1] if value.ndim else value
 
 
 def _with_parts(model: nn.Module, parts: Mapping[str, nn.Module], path: str = "") -> nn.Module:
@@ -360,7 +244,3 @@ def _with_parts(model: nn.Module, parts: Mapping[str, nn.Module], path: str = ""
         for name, child in children
     }
     return clone
-
-
-def _position(model: nn.Module, name: str) -> int:
-    return list(inspect.signature(model.forward).parameters).index(name)

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moefx.errors import MoefxError
 from moefx.graph.signature import Inputs
-from moefx.model.specialise import Specialised
+from moefx.model.specialised import Specialised
 from moefx.parallel.parallelize import agree_everywhere, find_groups, parallelize
 from moefx.parallel.program import DEGREES, EXACT, Maker, Program
 from moefx.parallel.writer import Plan

@@ -5,7 +5,8 @@ Legend: T tokens, K experts per token, E experts, D width, F hidden width, r ran
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from moefx import ops
 from moefx.errors import OptionError
 from moefx.routing.experts import DenseFFN
+from moefx.routing.static import FusedFFN, FusedWeights, Pairs, chosen_pairs
 from moefx.routing.weights import FFNWeights
 
 TARGETS = ("in", "gate", "out")
@@ -89,6 +91,29 @@ class LowRankExperts(nn.Module):
         up = linear(x_TD, d.w_in, d.b_in, "in")
         hidden = d.act(up) if d.w_gate is None else d.act(up, linear(x_TD, d.w_gate, d.b_gate, "gate"))
         return linear(hidden, d.w_out, d.b_out, "out")
+
+    def fold(self, chosen: Tensor, gates: Tensor, shared: dict[Hashable, Any]) -> tuple[Pairs, FusedFFN]:
+        """Return the choice, and the FFN with the deltas of experts ``[K]`` merged: W + s Σ_j g_j B_e A_e for each map.
+
+        The maps that have deltas are copied once per distinct choice, gates included; the others are shared.
+        """
+        pairs = chosen_pairs(chosen, torch.where(chosen < self.ungated, 1.0, gates), self.num_experts)
+        if pairs not in shared:
+            dense = self.dense.weights()
+            maps = {
+                f"w_{name}": self._merged(name, pairs) for name in TARGETS if getattr(self, f"a_{name}") is not None
+            }
+            shared[pairs] = FusedWeights(replace(dense, **maps))
+        return pairs, FusedFFN(shared[pairs], None, self.dense.act)
+
+    def _merged(self, name: str, pairs: Pairs) -> Tensor:
+        """Return a map with the deltas of these experts, summed in at least float32."""
+        down, up = getattr(self, f"a_{name}"), getattr(self, f"b_{name}")
+        dense: Tensor = getattr(self.dense, f"w_{name}")
+        wide = torch.promote_types(dense.dtype, torch.float32)
+        deltas = [up[e].to(wide) @ down[e].to(wide) * (g * self.scaling) for e, g in pairs]
+        total: Tensor = sum(deltas, start=dense.to(wide))
+        return total.to(dense.dtype)
 
     def extra_repr(self) -> str:
         """Describe the experts in ``print(model)``."""

@@ -5,7 +5,7 @@ Legend: B samples, K basis FFNs, D width, F hidden width, N timestep intervals.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moefx.routing.precision import KeepFloat32
 from moefx.routing.record import RoutingRecord
 from moefx.routing.scorers import TableRouter
+from moefx.routing.static import FusedFFN, FusedWeights, reads_tokens
 from moefx.routing.weights import FFNWeights
 
 NAMES = ("w_in", "b_in", "w_gate", "b_gate", "w_out", "b_out")
@@ -87,6 +88,21 @@ class MixedFFN(KeepFloat32):
         hidden = self.act(up) if gate is None else self.act(up, gate)
         y = _linear(hidden, merged["w_out"], merged.get("b_out"))
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    @property
+    def deciding(self) -> tuple[int, ...]:
+        """Positions of the taps, if the router reads nothing else; see `moefx.routing.static`."""
+        return () if reads_tokens(self.router) else tuple(range(1, 1 + len(self.taps)))
+
+    @torch.no_grad()
+    def fold(self, values: tuple[Tensor, ...], shared: dict[Hashable, Any]) -> tuple[Hashable, nn.Module]:
+        """Return the coefficients, and the FFN that they mix."""
+        a_K = self.coefficients(values[0].new_zeros((1, 1, 1)), *values)[0]
+        choice = tuple(a_K.tolist())
+        if choice not in shared:
+            merged = {name: torch.einsum("k,k...->...", a_K.to(w), w) for name, w in self.mixed.items()}
+            shared[choice] = FusedWeights(FFNWeights(**merged))
+        return choice, FusedFFN(shared[choice], None, self.act)
 
     def extra_repr(self) -> str:
         """Describe the layer in ``print(model)``."""

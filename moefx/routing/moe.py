@@ -22,7 +22,7 @@ from moefx.routing.precision import KeepFloat32, at_least_float32
 from moefx.routing.record import RoutingRecord
 from moefx.routing.select import expand_groups
 from moefx.routing.selectors import Selector, TopK
-from moefx.routing.static import Sum, fuse, reads_tokens
+from moefx.routing.static import Sum, fold_experts, folds, reads_tokens
 
 if TYPE_CHECKING:
     from moefx.routing.samples import ModuleExperts
@@ -230,13 +230,12 @@ class RoutedFFN(KeepFloat32):
     def deciding(self) -> tuple[int, ...]:
         """Positions of the arguments that decide, if no token does; see `moefx.routing.static`."""
         tokens = reads_tokens(self.router) or self.selector.by_expert or self.stateful
-        fused = isinstance(self.experts, Experts)
-        return () if tokens or not fused else tuple(range(1, 1 + len(self.taps)))
+        return () if tokens or not folds(self.experts) else tuple(range(1, 1 + len(self.taps)))
 
     def fold(self, values: tuple[Tensor, ...], shared: dict[Hashable, Any]) -> tuple[Hashable, nn.Module]:
-        """Return the choice that these values of the taps make, and the chosen experts as one FFN."""
+        """Return the choice that these values of the taps make, and the chosen experts as one module."""
         experts, gates, *_ = self.route(values[0].new_zeros((1, 1, 1)), *values)
-        choice, static = fuse(self.experts, experts[0], gates[0], shared)  # type: ignore[arg-type]
+        choice, static = fold_experts(self.experts, experts[0], gates[0], shared)
         return choice, static if self.shared is None else Sum(static, self.shared, self.shared_scale)
 
     def expert_load(self) -> Tensor:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Hashable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from moefx.routing.normalise import normalise
 from moefx.routing.precision import KeepFloat32, at_least_float32, without_autocast
 from moefx.routing.record import RoutingRecord
 from moefx.routing.select import top_k
+from moefx.routing.static import FirstArgument
 from moefx.routing.terms import spread
 
 
@@ -160,9 +163,16 @@ class SpaceTimeFFN(nn.Module):
     """
 
     takes = ("edges", "edge_samples")
+    # Folded, it still reads words and attention.
+    same_arguments = True
 
     def __init__(
-        self, time: RoutedFFN, space: SpaceExperts, edge: EdgeHead | None = None, *, words_first: bool = False
+        self,
+        time: RoutedFFN | FirstArgument,
+        space: SpaceExperts,
+        edge: EdgeHead | None = None,
+        *,
+        words_first: bool = False,
     ) -> None:
         super().__init__()
         self.time, self.space, self.edge, self.words_first = time, space, edge, words_first
@@ -179,6 +189,18 @@ class SpaceTimeFFN(nn.Module):
         if self.edge is not None and "edges" in self.given and torch.is_grad_enabled():
             self.space.record.add("edge", self._edge_loss(maps, self.given["edges"]))
         return y
+
+    @property
+    def deciding(self) -> tuple[int, ...]:
+        """Those of the timestep's mixture; see `moefx.routing.static`."""
+        return tuple(getattr(self.time, "deciding", ()))
+
+    def fold(self, values: tuple[Tensor, ...], shared: dict[Hashable, Any]) -> tuple[Hashable, nn.Module]:
+        """Return the choice of the timestep's mixture, and the layer with that mixture folded: words go on choosing."""
+        assert isinstance(self.time, RoutedFFN)
+        choice, static = self.time.fold(values, shared)
+        time = FirstArgument(static, self.time.taps)
+        return choice, SpaceTimeFFN(time, self.space, self.edge, words_first=self.words_first)
 
     def _edge_loss(self, maps: Tensor, edges: Tensor) -> Tensor:
         assert self.edge is not None

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moefx.errors import OptionError
 from moefx.routing.experts import Experts
+from moefx.routing.weights import FFNWeights
 
 
 @runtime_checkable
@@ -41,8 +43,17 @@ def reads_tokens(router: object) -> bool:
     return "token" in getattr(router, "reads", ("token",))
 
 
+Pairs = tuple[tuple[int, float], ...]
+
+
+def chosen_pairs(chosen: Tensor, gates: Tensor, count: int) -> Pairs:
+    """Return the (expert, gate) of slots ``[K]`` that hold one of ``count`` experts, by expert."""
+    slots = zip(chosen.tolist(), gates.tolist(), strict=True)
+    return tuple(sorted((int(e), float(g)) for e, g in slots if 0 <= e < count))
+
+
 class FusedWeights(nn.Module):
-    """The matrices of K experts beside each other: views of the stacked ones for K = 1, else copies."""
+    """The matrices of a static FFN, which several may share."""
 
     w_in: Tensor
     b_in: Tensor | None
@@ -51,13 +62,11 @@ class FusedWeights(nn.Module):
     w_out: Tensor
     b_out: Tensor | None
 
-    def __init__(self, experts: Experts, chosen: tuple[int, ...]) -> None:
+    def __init__(self, weights: FFNWeights) -> None:
         super().__init__()
-        for name in ("w_in", "b_in", "w_gate", "b_gate"):
-            stacked = getattr(experts, name)
-            self.register_buffer(name, None if stacked is None else _beside(stacked, chosen, 0), persistent=False)
-        self.register_buffer("w_out", _beside(experts.w_out, chosen, 1), persistent=False)
-        self.register_buffer("b_out", None if experts.b_out is None else experts.b_out.detach(), persistent=False)
+        for name in ("w_in", "b_in", "w_gate", "b_gate", "w_out", "b_out"):
+            value = getattr(weights, name)
+            self.register_buffer(name, None if value is None else value.detach(), persistent=False)
 
 
 class FusedFFN(nn.Module):
@@ -88,6 +97,15 @@ class FusedFFN(nn.Module):
         return y
 
 
+def _side_by_side(experts: Experts, chosen: tuple[int, ...]) -> FFNWeights:
+    """Return the matrices of K experts beside each other: views of the stacked ones for K = 1, else copies."""
+    rows = {
+        name: None if (stacked := getattr(experts, name)) is None else _beside(stacked, chosen, 0)
+        for name in ("w_in", "b_in", "w_gate", "b_gate")
+    }
+    return FFNWeights(**rows, w_out=_beside(experts.w_out, chosen, 1), b_out=experts.b_out)  # type: ignore[arg-type]
+
+
 def _beside(stacked: Tensor, chosen: tuple[int, ...], dim: int) -> Tensor:
     parts = [stacked.detach()[e] for e in chosen] or [stacked.detach()[0].narrow(dim, 0, 0)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
@@ -98,15 +116,34 @@ def fuse(experts: Experts, chosen: Tensor, gates: Tensor, shared: dict[Hashable,
 
     Weights are made once per set of experts and kept in ``shared``; gates belong to each static FFN.
     """
-    pairs = sorted(
-        (int(e), float(g)) for e, g in zip(chosen.tolist(), gates.tolist(), strict=True) if 0 <= e < experts.num_experts
-    )
+    pairs = chosen_pairs(chosen, gates, experts.num_experts)
     names = tuple(e for e, _ in pairs)
     if names not in shared:
-        shared[names] = FusedWeights(experts, names)
+        shared[names] = FusedWeights(_side_by_side(experts, names))
     plain = all(g == 1.0 for _, g in pairs)
     values = None if plain else torch.tensor([g for _, g in pairs], dtype=gates.dtype, device=gates.device)
-    return tuple(pairs), FusedFFN(shared[names], values, experts.act)
+    return pairs, FusedFFN(shared[names], values, experts.act)
+
+
+def folds(experts: object) -> bool:
+    """Whether experts become one static module when their choice is known."""
+    return isinstance(experts, Experts) or hasattr(experts, "fold")
+
+
+def fold_experts(
+    experts: Any, chosen: Tensor, gates: Tensor, shared: dict[Hashable, Any]
+) -> tuple[Hashable, nn.Module]:
+    """Return (choice, static module) for expert indices and gates ``[K]``, as the experts' own kind does it.
+
+    Raises:
+        OptionError: it does not.
+    """
+    if not folds(experts):
+        raise OptionError("fold experts", found=type(experts).__name__, do="give their class a fold")
+    if isinstance(experts, Experts):
+        return fuse(experts, chosen, gates, shared)
+    made: tuple[Hashable, nn.Module] = experts.fold(chosen, gates, shared)
+    return made
 
 
 class Sum(nn.Module):
@@ -124,16 +161,31 @@ class Sum(nn.Module):
 
 
 class FirstArgument(nn.Module):
-    """Stand where a routed layer stood: called with what it read to choose, hand on the tokens alone."""
+    """Stand where a routed layer stood: called with what it read to choose (``taps``), hand on the tokens."""
 
-    def __init__(self, static: nn.Module) -> None:
+    def __init__(self, static: nn.Module, taps: tuple[str, ...] = ()) -> None:
         super().__init__()
-        self.static = static
+        self.static, self.taps = static, taps
 
     def forward(self, x: Tensor, *_: Any) -> Tensor:
         """Return ``static(x)``."""
         y: Tensor = self.static(x)
         return y
+
+
+class Constant(nn.Module):
+    """A tensor, whatever it is called with, in the dtype of the first argument."""
+
+    value: Tensor
+    same_arguments = True
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value.detach(), persistent=False)
+
+    def forward(self, x: Tensor, *_: Any) -> Tensor:
+        """Return the tensor."""
+        return self.value.to(x.dtype)
 
 
 class ConstantGates(nn.Module):

@@ -5,10 +5,14 @@ Legend: B samples, D width of the stream.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from moefx.errors import OptionError
+from moefx.routing.static import Constant
 
 
 def window_offset(fraction: Tensor, width: int, size: int, alpha: float) -> Tensor:
@@ -41,6 +45,15 @@ class ChannelWindow(nn.Module):
             )
         self.width, self.size = width, int(share * width)
         self.alpha, self.last_timestep = alpha, last_timestep
+
+    # The timestep; see `moefx.routing.static`.
+    deciding = (1,)
+
+    def fold(self, values: tuple[Tensor, ...], shared: dict[Hashable, Any]) -> tuple[Hashable, nn.Module]:
+        """Return where the window begins, and its mask as a constant."""
+        mask = self(torch.ones((), device=values[0].device), values[0].reshape(-1)[:1])
+        start = int(mask.argmax())
+        return start, shared.setdefault(start, Constant(mask))
 
     def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
         """Return the masks of raw timesteps ``[B]``, or of one for all samples, in the dtype of ``x``."""
