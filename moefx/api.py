@@ -43,7 +43,7 @@ def plan(
     model: nn.Module,
     inputs: Inputs = None,
     *,
-    recipe: str | None = None,
+    recipe: str | Sequence[str] | None = None,
     passes: Passes = None,
     only: Patterns = None,
     skip: Patterns = None,
@@ -54,10 +54,10 @@ def plan(
 ) -> Plan:
     """Say what :func:`transform` would do, without editing anything; works on ``meta``, and reads no weight.
 
-    With a ``budget``, which needs weights and a calibration, it chooses which networks are split and how far. Arguments
-    and errors are those of :func:`transform`.
+    With a ``budget``, which needs weights and a calibration, it chooses which sites are routed and how far, and states
+    the expected cost and loss. Arguments and errors are those of :func:`transform`.
     """
-    rules, name, budget = _request(recipe, passes, budget, options)
+    rules, name, budget = _request(recipe, passes, budget, calibration, options)
     check_model(model, rules)
     _, made = plan_model(
         model,
@@ -78,7 +78,7 @@ def transform(
     model: Model,
     inputs: Inputs = None,
     *,
-    recipe: str | None = None,
+    recipe: str | Sequence[str] | None = None,
     passes: Passes = None,
     only: Patterns = None,
     skip: Patterns = None,
@@ -97,16 +97,17 @@ def transform(
         model: the dense model.
         inputs: example inputs: a dict of keyword arguments, a tuple of positional ones, or ``(tuple, dict)``.
             Synthesised for diffusers denoisers and for models with a registered input maker.
-        recipe: a name that ``moefx recipes`` lists; ``sparse-upcycling`` by default, with a budget ``moefx-split``.
+        recipe: a name that ``moefx recipes`` lists, or several to compose, as a list or with commas between;
+            ``sparse-upcycling`` by default, with a budget ``moefx-split``.
         passes: pass names or pass objects to use instead of a recipe.
         only: site kinds, names or globs to rewrite; all by default.
         skip: site kinds, names or globs to leave dense.
         verify: check each site and the whole model against the dense original.
         seed: of everything random; the same seed gives the same model.
         calibration: what :func:`moefx.calibrate` measured; recipes that split a dense network need it.
-        budget: active FLOPs of the whole model over those of the dense one: which networks are split, and how far, is
-            chosen from the calibration so that the expected loss is least. Recipes with a budget of their own, such as
-            ``dydit``, learn it instead.
+        budget: active FLOPs of the whole model over those of the dense one: which networks are split, which heads and
+            tokens are routed, and how far, is chosen from the calibration so that the expected loss is least. Without
+            a calibration, recipes with a budget of their own, such as ``dydit``, take it as theirs and learn it.
         options: options of the recipe's passes, such as ``experts=8`` or ``top_k=2``.
 
     Raises:
@@ -119,7 +120,7 @@ def transform(
     """
     if not isinstance(verify, bool):
         raise InputError("transform a model", found=f"verify = {verify!r}", do="pass True or False")
-    rules, name, budget = _request(recipe, passes, budget, options)
+    rules, name, budget = _request(recipe, passes, budget, calibration, options)
     transform_model(
         model,
         inputs,
@@ -152,23 +153,28 @@ def _graph(model_or_graph: nn.Module | Graph, inputs: Inputs) -> Graph:
 
 
 def _request(
-    recipe: str | None, passes: Passes, budget: float | None, options: dict[str, Any]
+    recipe: str | Sequence[str] | None,
+    passes: Passes,
+    budget: float | None,
+    calibration: Calibration | None,
+    options: dict[str, Any],
 ) -> tuple[list[Pass], str | None, float | None]:
     """Return the passes, the recipe's name, and the budget where it is not an option of the passes themselves."""
+    if passes is not None:
+        return _rules(passes, options), None, budget
     if recipe is None:
         recipe = "sparse-upcycling" if budget is None else "moefx-split"
-    names = get_recipe(recipe).passes if passes is None and isinstance(recipe, str) else ()
-    if budget is not None and any("budget" in get_pass(name).Options.model_fields for name in names):
+    names = [recipe] if isinstance(recipe, str) else recipe
+    if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) for name in names):
+        raise OptionError("choose a recipe", found=f"{recipe!r}", do="pass its name, or a list of names")
+    chosen = get_recipe(",".join(names))
+    learnt = any("budget" in get_pass(name).Options.model_fields for name in chosen.passes)
+    if budget is not None and learnt and calibration is None:
         options, budget = {**options, "budget": budget}, None
-    rules = _rules(recipe, passes, options)
-    return rules, None if passes is not None else get_recipe(recipe).name, budget
+    return in_order(build_passes(chosen.passes, options)), chosen.name, budget
 
 
-def _rules(recipe: str, passes: Passes, options: dict[str, Any]) -> list[Pass]:
-    if passes is None:
-        if not isinstance(recipe, str):
-            raise OptionError("choose a recipe", found=f"{type(recipe).__name__}", do="pass its name")
-        return in_order(build_passes(get_recipe(recipe).passes, options))
+def _rules(passes: Passes, options: dict[str, Any]) -> list[Pass]:
     if isinstance(passes, str) or not isinstance(passes, Sequence) or not passes:
         raise OptionError("choose passes", found=repr(passes), do="pass a non-empty list of names or Pass objects")
     named: dict[str, dict[str, Any]] = {}

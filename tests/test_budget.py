@@ -30,9 +30,9 @@ def test_the_choice_is_the_best_of_all() -> None:
     choices = []
     for site in wide.sites:
         taylor = calibration.layer(site.name).taylor
-        importance = (taylor.mean * taylor.count.unsqueeze(1)).sum(0) / taylor.count.sum()
-        falling = sorted(importance.tolist(), reverse=True)
         tokens = 6 * 16  # six images of 8 x 8 in patches of 2 x 2
+        squares = (taylor.second * taylor.count.unsqueeze(1)).sum(0) / taylor.count.sum()
+        falling = sorted((squares * tokens).tolist(), reverse=True)
         found = [(None, 0.0, 0.0)]
         for k in range(1, 6):
             active = site.active_before * (2 + k) // 8 + 6 * 16
@@ -42,8 +42,67 @@ def test_the_choice_is_the_best_of_all() -> None:
     legal = [c for c in itertools.product(*choices) if base + sum(one[1] for one in c) <= 0.8 * base]
     best = min(legal, key=lambda c: sum(one[2] for one in c))
     assert chosen == {s.name: one[0] for s, one in zip(wide.sites, best, strict=True) if one[0] is not None}
+    assert plan.expected_loss == pytest.approx(sum(one[2] for one in best))
     assert plan.cost.flops_after == pytest.approx(base + sum(one[1] for one in best), abs=2)
     assert f"({plan.cost.flops_ratio:.3f} of the dense model)" in str(plan)
+
+
+def test_one_allocation_over_networks_heads_and_tokens() -> None:
+    """Against every combination of one block, costs and losses written out by hand."""
+    model, calibration = calibrated()
+    given = batch(0)
+    names = ["moefx-split", "moh", "mod"]
+    request = {"recipe": names, "calibration": calibration, "every": 1, **SMALL}
+    plan = moefx.plan(model, given, budget=0.65, only=["blocks.0", "blocks.0.*"], **request)
+    assert plan.recipe == "moefx-split,mixture-of-heads,mixture-of-depths"
+    tokens, width, hidden = 6 * 16, 16, 64
+    taylor = calibration.layer("blocks.0.mlp").taylor
+    neurons = ((taylor.second * taylor.count.unsqueeze(1)).sum(0) / taylor.count.sum() * tokens).tolist()
+    heads = (calibration.part("blocks.0.attn").losses() * tokens).tolist()
+    rows = (calibration.part("blocks.0").losses() * tokens).tolist()
+    ffn, projections, scores = 2 * width * hidden, 4 * width * width, 2 * 16 * width
+    embedding = 6 * width * width * 6  # the modulation of six images belongs to the block, and skips nothing by token
+    block = 2 * (tokens * (ffn + projections + scores) + embedding)
+    best = (float("inf"), 0.0, ())
+    base = plan.cost.flops_before
+    for k, on, kept in itertools.product([None, 1, 2, 3, 4, 5], [None, 1], [None, *range(1, 8)]):
+        flops = loss = 0.0
+        if k is not None:
+            flops += 2 * tokens * (ffn * (2 + k) // 8 + 6 * width - ffn)
+            loss += sum(sorted(neurons, reverse=True)[8 * (2 + k) :])
+        if on is not None:
+            flops += 2 * tokens * (2 * width - (width * width * 2 + scores) / 2)
+            loss += min(heads)
+        if kept is not None:
+            flops = flops * kept / 8 - block * (1 - kept / 8) + 2 * tokens * width
+            loss = loss * kept / 8 + sum(rows[2 * kept :])
+        if base + flops <= 0.65 * base + 1e-6:
+            best = min(best, (loss, flops, (k, on, kept)))
+    k, on, kept = best[2]
+    found = {s.kind: s.options for s in plan.sites}
+    assert found.get("ffn", {}).get("top_k") == k
+    assert found.get("attention", {}).get("active_heads") == on
+    assert found.get("block", {}).get("capacity") == (None if kept is None else kept / 8)
+    assert plan.expected_loss == pytest.approx(best[0])
+    assert plan.cost.flops_after == pytest.approx(base + best[1], abs=2)
+    tight = moefx.plan(model, given, budget=0.4, **request)
+    assert {s.rule for s in tight.sites} == {"split", "mixture-of-heads", "mixture-of-depths"}
+    routed = moefx.transform(copy.deepcopy(model), given, budget=0.4, verify=False, **request)
+    assert routed.moefx.report.plan.cost == tight.cost
+    for site in tight.sites:
+        if site.rule == "mixture-of-depths":
+            assert routed.get_submodule(site.name).token_router.capacity == site.options["capacity"]
+    assert routed(*given).isfinite().all()
+
+
+def test_heads_by_the_timestep_are_chosen_with_a_calibration() -> None:
+    model, calibration = calibrated()
+    plan = moefx.plan(model, batch(0), recipe="dydit", budget=0.6, calibration=calibration)
+    assert plan.cost.flops_ratio <= 0.6
+    assert {"mixture-of-heads", "channel-groups"} == {s.rule for s in plan.sites}
+    assert len({s.options["budget"] for s in plan.sites}) > 1
+    energy = moefx.calibrate(model, [batch(0)], buckets=2, samples=500, progress=False)
+    assert moefx.plan(model, batch(0), recipe="dydit", budget=0.6, calibration=energy).cost.flops_ratio <= 0.6
 
 
 def test_a_transform_within_the_budget_is_saved_with_its_ratios(tmp_path: Path) -> None:
@@ -71,7 +130,7 @@ def test_impossible_requests() -> None:
         moefx.plan(model, batch(0), budget=0.5)
     with pytest.raises(InputError, match="no share"):
         moefx.plan(model, batch(0), budget=1.5, calibration=calibration)
-    with pytest.raises(PlanError, match="use a recipe that splits"):
+    with pytest.raises(PlanError, match="use recipes that split"):
         moefx.plan(model, batch(0), recipe="sparse-upcycling", budget=0.5, calibration=calibration)
     own = moefx.plan(model, batch(0), recipe="dydit-tokens", budget=0.7)
     assert own.passes[0].options["budget"] == 0.7
@@ -86,6 +145,14 @@ def test_the_command_line(tmp_path: Path) -> None:
     plan = json.loads(run("plan", DIT, *options, "--json", "-q").stdout)["plan"]
     assert plan["cost"]["flops_after"] <= 0.8 * plan["cost"]["flops_before"]
     assert "moefx-split" in run("plan", DIT, *options, "-q").stdout
+    composed = ["--recipe", "moefx-split,moh,mod", *options[:2], "--budget", "0.45", *options[4:], "-o", "every=1"]
+    plan = json.loads(run("plan", DIT, *composed, "--json", "-q").stdout)["plan"]
+    assert {site["rule"] for site in plan["sites"]} >= {"split", "mixture-of-depths"}
+    assert plan["cost"]["flops_after"] <= 0.45 * plan["cost"]["flops_before"]
+    text = run("plan", DIT, *composed, "-q").stdout
+    assert "capacity=" in text
+    assert "expected loss" in text
+    plan = json.loads(run("plan", DIT, *options, "--json", "-q").stdout)["plan"]
     receipt = json.loads(run("transform", DIT, *options, "--out", folder, "--json", "-q").stdout)
     assert receipt["report"]["plan"]["sites"] == plan["sites"]
     assert "no data" in run("calibrate", DIT, "--out", file, code=2).stderr

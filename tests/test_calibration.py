@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,9 @@ from moefx.errors import InputError, OptionError, UnsafeInputError
 from moefx.graph.inputs import synthesise
 from moefx.passes.calibration import Calibration
 from moefx.passes.calibration.moments import Moments
+from tests import calibration_worker
 from tests import split_support as support
+from tests.ranks import run
 from tests.trace_support import QUIET, call
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
@@ -104,6 +104,49 @@ def test_moments_usage_and_taylor_of_a_dit() -> None:
             y = mine @ model.get_submodule(name).fc2.weight.T
             assert torch.allclose(layer.output.mean[b], y.mean(0), rtol=1e-8, atol=1e-12)
         assert layer.hidden.pooled().mean[0].allclose(h.mean(0))
+
+
+def test_heads_and_tokens_of_a_dit() -> None:
+    """Energy and first-order change of every head, and of tokens by how much their block adds, one sample at a time."""
+    model, batch = small_dit(), digits_batch(0, count=3)
+
+    def loss(output: Tensor, batch: Any) -> Tensor:
+        return (output - batch[0]).square().mean()
+
+    found = moefx.calibrate(model, [batch], loss=loss, buckets=1, progress=False)
+    assert {n: (p.unit, p.parts) for n, p in found.parts.items()} == {
+        "blocks.0.attn": ("heads", 2),
+        "blocks.1.attn": ("heads", 2),
+        "blocks.0": ("tokens", 16),
+        "blocks.1": ("tokens", 16),
+    }
+    for i, block in enumerate(model.blocks):
+        seen: list[tuple[Tensor, Tensor]] = []
+        handles = [
+            m.register_forward_hook(lambda _, a, y, s=seen: s.append((a[0], y))) for m in (block.attn.proj, block)
+        ]
+        value = loss(model(*batch), batch)
+        for handle in handles:
+            handle.remove()
+        (pre, out), (before, after) = seen
+        grads = torch.autograd.grad(value, [out, after])
+        heads = found.part(f"blocks.{i}.attn")
+        for h in range(2):
+            part = pre[..., 8 * h : 8 * h + 8] @ block.attn.proj.weight[:, 8 * h : 8 * h + 8].T
+            assert torch.allclose(heads.energy.mean[0, h], part.square().sum(-1).mean(), rtol=1e-10)
+            assert torch.allclose(heads.fisher.mean[0, h], (part * grads[0]).sum(-1).square().mean(), rtol=1e-10)
+        assert torch.allclose(heads.whole.mean[0, 0], (out - block.attn.proj.bias).square().sum(-1).mean(), rtol=1e-10)
+        energy, fisher = [], []
+        for x, y, g in zip(before, after, grads[1], strict=True):  # 16 tokens, so that every part is one of them
+            order = (y - x).norm(dim=-1).argsort(descending=True)
+            energy.append((y - x)[order].square().sum(-1) / 16)
+            fisher.append(((y - x) * g)[order].sum(-1).square() / 16)
+        tokens = found.part(f"blocks.{i}")
+        assert torch.allclose(tokens.energy.mean[0], torch.stack(energy).mean(0), rtol=1e-10)
+        assert torch.allclose(tokens.losses(), torch.stack(fisher).mean(0), rtol=1e-10)
+    plain = moefx.calibrate(model, [batch], buckets=1, progress=False).part("blocks.0")
+    assert not plain.learnt
+    assert torch.allclose(plain.losses().sum(), torch.ones((), dtype=torch.float64))
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -187,6 +230,10 @@ def test_parts_merge_to_the_whole_and_the_sample_stays_bounded(tmp_path: Path) -
         assert len(other.sample.x) == len(layer.sample.x) == 50
         assert torch.allclose(layer.hidden.mean, other.hidden.mean, rtol=1e-12)
         assert torch.allclose(layer.hidden.squares, other.hidden.squares, rtol=1e-12)
+        for part in whole.parts.values():
+            other_part = merged.part(part.name)
+            assert torch.allclose(part.energy.squares, other_part.energy.squares, rtol=1e-10)
+            assert torch.allclose(part.losses(), other_part.losses(), rtol=1e-10)
         # The merged sample is that of the largest keys of both.
         keys = torch.cat([half.layer(name).sample.key for half in halves]).sort(descending=True).values[:50]
         assert torch.equal(other.sample.key, keys)
@@ -221,11 +268,13 @@ def test_file_round_trip_and_refusals(tmp_path: Path) -> None:
         other = found.layer(name)
         assert torch.equal(layer.sample.x, other.sample.x)
         assert all(torch.equal(layer.moments[n].squares, other.moments[n].squares) for n in layer.moments)
+    assert found.parts.keys() == made.parts.keys()
+    assert all(torch.equal(found.part(n).energy.squares, p.energy.squares) for n, p in made.parts.items())
     assert [p.name for p in tmp_path.iterdir()] == ["statistics.safetensors"]
 
     with safe_open(path, framework="pt") as file:
         header, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    newer = {k: v.replace('"schema_version":1', '"schema_version":9') for k, v in header.items()}
+    newer = {k: v.replace('"schema_version":2', '"schema_version":9') for k, v in header.items()}
     wrong = {**tensors, "0.hidden.mean": tensors["0.hidden.mean"] * math.nan}
     outside = {**tensors, "0.sample.group": tensors["0.sample.group"] + 99}
     short = {**tensors, "0.taylor.mean": tensors["0.taylor.mean"][:, 1:].contiguous()}
@@ -235,6 +284,7 @@ def test_file_round_trip_and_refusals(tmp_path: Path) -> None:
         (wrong, header, "NaN"),
         (outside, header, "does not fit its groups"),
         (short, header, "0.taylor.mean"),
+        ({**tensors, "part.1.energy.mean": tensors["part.1.energy.mean"][:1].clone()}, header, "part.1.energy.mean"),
         ({**tensors, "more": tensors["0.sample.x"] + 1}, header, "unknown tensors"),
     ):
         save_file(content, path, metadata=metadata)
@@ -291,10 +341,7 @@ def test_moments_merge_like_the_union(sizes: list[int], groups: int) -> None:
 
 
 def test_processes_share_one_calibration(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[1]
-    command = [sys.executable, "-W", "ignore", "-m", "tests.calibration_worker"]
-    running = [subprocess.Popen([*command, str(rank), "2", str(tmp_path)], cwd=root) for rank in range(2)]
-    assert [process.wait(timeout=240) for process in running] == [0, 0]
+    run(calibration_worker.main, 2, str(tmp_path))
     parts = [Calibration.load(tmp_path / f"{rank}.safetensors") for rank in range(2)]
     alone = moefx.calibrate(support.small_dit(), [support.batch(i) for i in range(4)], buckets=2, progress=False)
     for name, layer in alone.layers.items():

@@ -6,7 +6,7 @@ from torch.fx import Node
 from moefx.errors import OptionError
 from moefx.graph import trace
 from moefx.graph.inputs import synthesise
-from moefx.model import planner
+from moefx.model import places
 from moefx.model.local import call_inputs, local_graph
 from moefx.model.taps import TAPS, choose_tap
 from moefx.passes.analysis import analyse
@@ -49,7 +49,7 @@ def taps_of(name: str) -> dict[str, Node | None]:
     path = site.path.rpartition(".")[0]
     call = next(c for c in graph.calls if c.path == path)
     local = local_graph(graph.root.get_submodule(path), call_inputs(call), "children")
-    entry = planner._argument(local, site.path.rpartition(".")[2])
+    entry = places.argument_of(local, site.path.rpartition(".")[2])
     return {tap: choose_tap(tap, facts, call, local, entry) for tap in TAPS}
 
 

@@ -67,8 +67,8 @@ InputsFrom = Annotated[
 RecipeName = Annotated[
     str | None,
     typer.Option(
-        "--recipe", "-r", help="Rewrite to apply; see [bold]moefx recipes[/bold].", autocompletion=recipe_names,
-        rich_help_panel=_REWRITE,
+        "--recipe", "-r", help="Rewrite to apply, or several with commas; see [bold]moefx recipes[/bold].",
+        autocompletion=recipe_names, rich_help_panel=_REWRITE,
     ),
 ]  # fmt: skip
 PassOptions = Annotated[
@@ -87,7 +87,7 @@ CalibrationFile = Annotated[
 Budget = Annotated[
     float | None,
     typer.Option(
-        "--budget", metavar="SHARE", help="Active FLOPs to keep; which networks are split, how far, is chosen.",
+        "--budget", metavar="SHARE", help="Active FLOPs to keep; which sites are routed, how far, is chosen.",
         rich_help_panel=_REWRITE,
     ),
 ]  # fmt: skip

@@ -25,8 +25,8 @@ def plan(
 ) -> None:
     """Say what a recipe would do: sites, parameters, FLOPs, warnings. Edits nothing, reads no weights.
 
-    With --budget and --calibration it chooses which networks are split, and how far. The default recipe is
-    sparse-upcycling, with a budget moefx-split. Exits with 3 if nothing would be rewritten.
+    With --budget and --calibration it chooses which networks are split, which heads and tokens are routed, and how far.
+    The default recipe is sparse-upcycling, with a budget moefx-split. Exits with 3 if nothing would be rewritten.
     """
     with working(o.verbosity(quiet, verbose)):
         from moefx import api

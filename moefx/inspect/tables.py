@@ -66,6 +66,8 @@ def _plan_head(plan: Plan) -> list[str]:
     for value in plan.carried:
         what = "carried from layer to layer through" if not value.node else "passed down to"
         lines.append(f"  {value.name}: {what} {len(value.blocks)} blocks of {clean(value.source) or 'the model'}")
+    if plan.expected_loss is not None:
+        lines.append(f"  chosen by calibration: expected loss {plan.expected_loss:.3g}, summed over sites")
     return [
         *lines,
         f"  parameters {count(cost.parameters_before)} -> {count(cost.parameters_after)}"
@@ -87,11 +89,18 @@ def _site_row(site: SitePlan) -> tuple[str, ...]:
         site.name,
         f"{site.kind} {site.flavour}".strip(),
         site.role,
-        site.rule,
+        " ".join([site.rule, *(f"{key}={value}" for key, value in site.options.items())]),
         "its module" if site.tier == "module" else f"block {site.block or '(the model)'}",
         f"{count(site.parameters_before)} -> {count(site.parameters_after)}",
-        f"{site.active_after / max(1, site.active_before):.2f}",
+        _active(site),
     )
+
+
+def _active(site: SitePlan) -> str:
+    """Return the share of a site's compute that one token uses; nothing where the pass leaves it as it is."""
+    if site.active_before:
+        return f"{site.active_after / site.active_before:.2f}"
+    return f"{1 - site.saved_fraction:.2f}" if site.saved_fraction else ""
 
 
 def fold_rows(rows: Iterable[Sequence[str]]) -> list[tuple[str, ...]]:

@@ -1,143 +1,168 @@
-"""A target for active FLOPs: which networks are split how far, so that the expected loss is least.
+"""A target for active FLOPs: which sites are routed, and how far, so that the expected loss is least.
 
-Every network has a few candidates, from dense to its smallest, each with its FLOPs and, from the calibration, with what
-it is expected to lose. One of each is chosen by an integer programme (HiGHS).
-
-What is expected to be lost is what the least important neurons contribute, as many as do not run: the share of the
-output's energy that varies with them, or with gradients in the calibration what they matter to the loss. A router that
-foresees which slices a token needs loses less; the order of networks and of ratios is what the choice needs.
+Every site has a few candidates, from dense to its smallest, each with its FLOPs and, from the calibration, with what it
+is expected to lose. Sites inside a block that tokens pass by are chosen together with it, since what they cost and
+lose is that of the tokens that run: such a unit's candidates are the combinations that no other beats in both. One
+candidate of each unit is chosen by an integer programme (HiGHS).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from moefx.errors import InputError, NothingMatched, PlanError
-from moefx.graph import Graph
-from moefx.model.plan import Cost, Plan, SitePlan, SkippedSite
-from moefx.passes.analysis import analyse
-from moefx.passes.analysis.site import Site
+from moefx.model.costs import Bill, total_cost
+from moefx.model.expected import Expectation, beyond, check_weights_known
+from moefx.model.plan import Plan, SitePlan, SkippedSite
+from moefx.passes.analysis import Facts
 from moefx.passes.calibration import Calibration
-from moefx.passes.rewrite._slicing import Slicing
 from moefx.passes.rewrite.base import Pass
-from moefx.passes.rewrite.dense import dense_weights, hidden_function
-from moefx.passes.rewrite.split import Split
-
-CANDIDATES = 8
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to keep a network: its plan (None: dense), FLOPs per forward, and what is expected to be lost."""
+    """One way to keep some sites: the plans of those that are routed, what FLOPs that adds, and what is lost.
 
-    plan: SitePlan | None
+    ``running`` is the share of the tokens that stay in a block which the others pass by.
+    """
+
+    plans: tuple[SitePlan, ...]
     flops: float
     loss: float
+    running: float = 1.0
+
+
+DENSE = Candidate((), 0.0, 0.0)
 
 
 def within_budget(
-    graph: Graph,
-    plan: Plan,
-    rules: Sequence[Pass],
-    budget: float,
-    calibration: Calibration | None,
-    cost: Callable[[list[SitePlan]], Cost],
+    facts: Facts, plan: Plan, rules: Sequence[Pass], budget: float, calibration: Calibration | None
 ) -> Plan:
-    """Return ``plan`` with as many sites, each split as far, as brings the model to ``budget`` at the least loss.
+    """Return ``plan`` with as many sites, each routed as far, as brings the model to ``budget`` at the least loss.
 
     Args:
-        graph: of the dense model.
-        plan: of a split of every network, the widest choice.
-        rules: its passes.
+        facts: of the dense model.
+        plan: of every site, the widest choice.
+        rules: its passes; sites of those without a ratio to choose stay as they are planned.
         budget: active FLOPs of the model over those of the dense one.
         calibration: of the model.
-        cost: the totals of a list of site plans.
 
     Raises:
         InputError: no calibration, or a budget that is no share.
-        PlanError: the passes are no splits, or even the smallest choices cost more.
+        PlanError: no pass has a ratio to choose, or even the smallest choices cost more.
     """
     asked = f"plan {plan.model} for {budget:g} of its active FLOPs"
     if not 0 < budget <= 1:
         raise InputError(asked, found="no share", do="give a number above 0, at most 1")
-    rule = next((r for r in rules if isinstance(r, Split)), None)
-    if rule is None or len(rules) > 1:
+    if all(rule.unit is None for rule in rules):
         found = f"the passes {', '.join(r.name for r in rules)}, whose ratios no calibration chooses"
-        raise PlanError(asked, found=found, do="use a recipe that splits networks, such as moefx-split")
-    if calibration is None:
-        raise InputError(asked, found="no calibration", do="pass calibration=moefx.calibrate(model, batches)")
-    if any(p.is_meta for p in graph.root.parameters()):
-        raise InputError(asked, found="weights on meta", do="plan the model with its weights")
-    sites = {site.name: site for site in analyse(graph).sites if site.kind == "ffn"}
-    base = plan.cost.flops_before
-    choices = [_candidates(graph, rule, sites[s.name], s, calibration, cost, base) for s in plan.sites]
+        do = "use recipes that split networks or route heads or tokens: moefx-split, mixture-of-heads, mod"
+        raise PlanError(asked, found=found, do=do)
+    units = _Units(facts, plan, rules, check_weights_known(asked, facts.graph, calibration))
+    choices = [units.candidates(outer, inner) for outer, inner in units.groups(plan.sites)]
+    base = units.bill.total
     chosen = _choose(choices, budget * base - base)
     if chosen is None:
         least = 1 + sum(min(c.flops for c in found) for found in choices) / base
         raise PlanError(
             asked,
-            found=f"with every network at its smallest the model keeps {least:.3f}",
-            do="raise the budget, or route heads or tokens as well (moefx recipes)",
+            found=f"with every site at its smallest the model keeps {least:.3f}",
+            do="raise the budget, or compose further recipes, of heads or tokens (moefx recipes)",
         )
-    kept = [c.plan for c in chosen if c.plan is not None]
+    kept = {made.name + made.rule: made for c in chosen for made in c.plans}
     if not kept:
         raise NothingMatched(asked, found="the dense model fits it", do="lower the budget")
-    dense = [s for s, c in zip(plan.sites, chosen, strict=True) if c.plan is None]
+    sites = [kept[s.name + s.rule] for s in plan.sites if s.name + s.rule in kept]
     reason = f"the budget of {budget:g} is best met with it dense"
+    dense = [s for s in plan.sites if s.name + s.rule not in kept]
     left = [SkippedSite(name=s.name, kind=s.kind, rule=s.rule, reason=reason) for s in dense]
-    return plan.model_copy(update={"sites": tuple(kept), "skipped": (*plan.skipped, *left), "cost": cost(kept)})
+    changed = {"sites": tuple(sites), "skipped": (*plan.skipped, *left), "cost": total_cost(facts, sites)}
+    return plan.model_copy(update=changed | {"expected_loss": sum(c.loss for c in chosen)})
 
 
-def _candidates(
-    graph: Graph,
-    rule: Split,
-    site: Site,
-    plan: SitePlan,
-    calibration: Calibration,
-    cost: Callable[[list[SitePlan]], Cost],
-    base: int,
-) -> list[Candidate]:
-    """Return the choices of one network; FLOPs are what each changes in the model's."""
-    o = rule.options
-    lost = expected_losses(graph, rule, site, calibration)
-    found = [Candidate(None, 0.0, 0.0)]
-    ladder = sorted({max(1, round(o.experts * (i + 1) / CANDIDATES)) for i in range(CANDIDATES)} - {o.experts})
-    for top_k in ladder:
-        costs = Split(**o.model_dump() | {"top_k": top_k}).costs(site)
-        made = plan.model_copy(
-            update={
-                "options": {"top_k": top_k},
-                "parameters_after": costs.parameters_after,
-                "active_after": costs.active_after,
-            }
-        )
-        running = len(lost) * (o.shared + top_k) // o.slices
-        found.append(Candidate(made, cost([made]).flops_after - base, float(lost[running:].sum())))
-    return found
+class _Units:
+    """The candidates of a plan's sites, in units that are chosen together."""
+
+    def __init__(self, facts: Facts, plan: Plan, rules: Sequence[Pass], calibration: Calibration) -> None:
+        self.rules = {rule.name: rule for rule in rules}
+        self.bill = Bill(facts)
+        self.expectation = Expectation(facts.graph, self.bill, calibration)
+
+    def groups(self, planned: Iterable[SitePlan]) -> list[tuple[SitePlan | None, list[SitePlan]]]:
+        """Return the units: a block that tokens pass by with the sites inside it, or a site alone."""
+        planned = list(planned)
+        blocks = {s.name: s for s in planned if self.rules[s.rule].unit == "tokens"}
+        found: dict[str, tuple[SitePlan | None, list[SitePlan]]] = {name: (s, []) for name, s in blocks.items()}
+        for site in planned:
+            if site.name in blocks and blocks[site.name] is site:
+                continue
+            around = next((name for name in self.bill.around(site.name) if name in blocks), None)
+            if around is None:
+                found[f"{site.name} {site.rule}"] = (None, [site])
+            else:
+                found[around][1].append(site)
+        return list(found.values())
+
+    def candidates(self, outer: SitePlan | None, inner: Sequence[SitePlan]) -> list[Candidate]:
+        """Return the choices of one unit that no other beats in both FLOPs and loss."""
+        found = [DENSE]
+        for site in inner:
+            found = best([_both(a, b) for a in found for b in self._of_site(site)])
+        return found if outer is None else best([_passed_by(c, b) for c in found for b in self._of_site(outer)])
+
+    def _of_site(self, site: SitePlan) -> list[Candidate]:
+        """Return the choices of one site by itself."""
+        rule, region = self.rules[site.rule], self.bill.sites[site.name]
+        ratios = rule.ratios(region)
+        if not ratios:
+            return [Candidate((site,), self._flops(site), 0.0)]
+        losses = self.expectation.losses(rule, region)
+        found = [DENSE]
+        width = sum(tap.width for tap in site.taps if tap.rank > 1)
+        for ratio in ratios:
+            options = dict(ratio.options)
+            costs = type(rule)(**rule.options.model_dump() | options).costs(region, width)
+            made = site.model_copy(
+                update={
+                    "options": options,
+                    "parameters_after": costs.parameters_after,
+                    "active_after": costs.active_after,
+                    "saved_fraction": costs.saved_fraction,
+                }
+            )
+            running = ratio.kept if rule.unit == "tokens" else 1.0
+            found.append(Candidate((made,), self._flops(made), beyond(losses, ratio.kept), running))
+        return found
+
+    def _flops(self, plan: SitePlan) -> float:
+        return self.bill.after([plan]) - self.bill.total
 
 
-def expected_losses(graph: Graph, rule: Split, site: Site, calibration: Calibration) -> torch.Tensor:
-    """Return what each neuron of a network is expected to lose when it does not run, the largest first ``[F]``."""
-    layer = calibration.layer(site.name)
-    learnt = bool(layer.taylor.count.any())
-    options = rule.options.model_copy(update={"importance": "taylor" if learnt else "variance"})
-    slicing = Slicing(options, dense_weights(site, graph), hidden_function(site), _no_draws, statistics=layer)
-    values = slicing.importance().double()
-    if not learnt:
-        moments = layer.output
-        energy = (moments.variance + moments.mean.square()) * moments.count.unsqueeze(1)
-        values = values / (energy.sum() / moments.count.sum()).clamp_min(1e-30)
-    return values.sort(descending=True).values
+def _passed_by(inside: Candidate, block: Candidate) -> Candidate:
+    """Return a block with what is inside it: the tokens that pass by neither cost anything there nor lose it."""
+    if not block.plans:
+        return inside
+    costing = 1 - block.plans[0].saved_fraction
+    loss = block.loss + block.running * inside.loss
+    return Candidate((*block.plans, *inside.plans), block.flops + costing * inside.flops, loss)
 
 
-def _no_draws(purpose: str) -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+def _both(one: Candidate, two: Candidate) -> Candidate:
+    return Candidate((*one.plans, *two.plans), one.flops + two.flops, one.loss + two.loss)
+
+
+def best(found: Sequence[Candidate]) -> list[Candidate]:
+    """Return the candidates that no other beats in both FLOPs and loss, the cheapest last."""
+    kept: list[Candidate] = []
+    for candidate in sorted(found, key=lambda c: (c.loss, c.flops)):
+        if not kept or candidate.flops < kept[-1].flops:
+            kept.append(candidate)
+    return kept
 
 
 def _choose(choices: list[list[Candidate]], target: float) -> list[Candidate] | None:
@@ -154,6 +179,7 @@ def _choose(choices: list[list[Candidate]], target: float) -> list[Candidate] | 
         LinearConstraint(np.array([[c.flops / scale for c in flat]]), -np.inf, target / scale),
     ]
     losses = np.array([c.loss for c in flat])
+    losses = losses / max(float(losses.max()), 1e-300)
     done = milp(losses, constraints=rows, bounds=Bounds(0, 1), integrality=np.ones(len(flat)))
     if not done.success:
         return None

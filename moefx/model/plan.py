@@ -59,7 +59,8 @@ class SitePlan(_Data):
     children in ``expand`` written out); a site has one or both. ``weights`` identify the site inside the block;
     ``state`` names the carried value by which its router knows the one of the layer before. ``options`` replace those
     of the pass at this site. ``tokens`` says where the tokens of a whole block are, ``segment`` those of several,
-    ``layer`` which of the ``layers`` blocks it is. Counts are per token for compute, in elements for parameters.
+    ``layer`` which of the ``layers`` blocks it is, and ``span`` how many from there on it is about: ``saved_fraction``
+    of the dense cost of each is saved. Counts are per token for compute, in elements for parameters.
     """
 
     name: str
@@ -80,6 +81,7 @@ class SitePlan(_Data):
     state: str = ""
     layer: int = 0
     layers: int = 1
+    span: int = 1
     options: JSON = {}
     saved_fraction: float = 0.0
     calls: int = 1
@@ -123,7 +125,10 @@ class Cost(_Data):
 
 
 class Plan(_Data):
-    """What :func:`moefx.plan` returns and :func:`moefx.transform` applies."""
+    """What :func:`moefx.plan` returns and :func:`moefx.transform` applies.
+
+    ``expected_loss`` is what a choice by budget is expected to lose, summed over the sites; see `moefx.model.expected`.
+    """
 
     schema_version: int = SCHEMA
     moefx_version: str = __version__
@@ -137,6 +142,7 @@ class Plan(_Data):
     skipped: tuple[SkippedSite, ...]
     warnings: tuple[str, ...]
     cost: Cost
+    expected_loss: float | None = None
 
     def to_json(self) -> str:
         """Return the plan as JSON text, the same for the same plan."""

@@ -5,32 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
-from moefx.errors import CaptureError, MoefxError, NothingMatched, PlanError
-from moefx.graph import Graph, ModuleCall
+from moefx.errors import CaptureError, NothingMatched, PlanError
+from moefx.graph import Graph
 from moefx.graph.origin import show_source
-from moefx.model.carry import Carrying, below, root_inputs
-from moefx.model.forward import make_forward
+from moefx.model.carry import Carrying, root_inputs
+from moefx.model.costs import total_cost
 from moefx.model.handle import applied_passes
-from moefx.model.local import call_inputs, encode, local_graph
-from moefx.model.plan import Cost, PassPlan, Plan, SitePlan, SkippedSite, TapPlan
-from moefx.model.realise import find_site
+from moefx.model.places import Skip, place_site
+from moefx.model.plan import PassPlan, Plan, SitePlan, SkippedSite
 from moefx.model.select import Patterns, check_patterns, patterns, selected
-from moefx.model.taps import OF_ATTENTION, attention_over_text, choose_tap
-from moefx.model.whole_block import plan_segment, plan_whole_block
 from moefx.passes.analysis import Facts, analyse
 from moefx.passes.analysis.local import weight_names
 from moefx.passes.analysis.site import Site
-from moefx.passes.analysis.tokens import NotByToken
-from moefx.passes.rewrite.base import BlockPass, CallPass, ModelPass, Pass, SegmentPass, get_pass
+from moefx.passes.rewrite.base import ModelPass, Pass, get_pass
 from moefx.passes.rewrite.order import ANALYSED
-
-
-class Skip(Exception):
-    """A site that stays dense, and why."""
 
 
 def make_plan(
@@ -53,7 +43,7 @@ def make_plan(
         if isinstance(rule, ModelPass):
             planned.append(_plan_model(graph, rule, rules))
             continue
-        made, left = _plan_rule(graph, facts, rule, wanted, unwanted, carrying)
+        made, left = _plan_rule(facts, rule, wanted, unwanted, carrying)
         planned += made
         skipped += left
     _check_nesting(planned)
@@ -72,7 +62,7 @@ def make_plan(
         carriers=carrying.carriers,
         skipped=tuple(skipped),
         warnings=tuple(w for rule in rules for w in rule.warnings()),
-        cost=total_cost(graph, facts, planned),
+        cost=total_cost(facts, planned),
     )
 
 
@@ -103,7 +93,7 @@ def _plan_model(graph: Graph, rule: ModelPass, rules: Sequence[Pass]) -> SitePla
 
 
 def _plan_rule(
-    graph: Graph, facts: Facts, rule: Pass, only: Sequence[str], skip: Sequence[str], carrying: Carrying
+    facts: Facts, rule: Pass, only: Sequence[str], skip: Sequence[str], carrying: Carrying
 ) -> tuple[list[SitePlan], list[SkippedSite]]:
     """Plan one pass: the sites it takes, and those it leaves with the reason."""
     taken: list[tuple[Site, SitePlan]] = []
@@ -128,7 +118,7 @@ def _plan_rule(
             count += 1
             if (count - 1) % every:
                 raise Skip(f"only every {every}. site is rewritten")
-            plan = done[site.path] = _plan_site(graph, facts, rule, site, carrying)
+            plan = done[site.path] = _plan_site(facts, rule, site, carrying)
             outputs[site.output] = site.name
             taken.append((site, plan))
         except Skip as reason:
@@ -148,10 +138,9 @@ def _near_miss(miss: Any) -> SkippedSite:
     return SkippedSite(name=name, kind=miss.kind, rule="", reason=miss.reason, source=miss.source_line)
 
 
-def _plan_site(graph: Graph, facts: Facts, rule: Pass, site: Site, carrying: Carrying) -> SitePlan:
+def _plan_site(facts: Facts, rule: Pass, site: Site, carrying: Carrying) -> SitePlan:
     """Decide where a site is realised: its module, else the smallest module around it."""
-    call = _call(graph, site)
-    where = _where(graph, facts, rule, site, call, carrying)
+    where = place_site(facts, rule, site, carrying)
     tap_width = sum(tap.width for tap in where.get("taps", ()) if tap.rank > 1)
     costs = rule.costs(site, tap_width)
     return SitePlan(
@@ -169,196 +158,6 @@ def _plan_site(graph: Graph, facts: Facts, rule: Pass, site: Site, carrying: Car
         saved_fraction=costs.saved_fraction,
         **where,
     )
-
-
-def _where(
-    graph: Graph, facts: Facts, rule: Pass, site: Site, call: ModuleCall | None, carrying: Carrying
-) -> dict[str, Any]:
-    """Return the fields of a site's plan that say where it is realised."""
-    if isinstance(rule, CallPass):
-        return {"tier": "call", "module": None, **_plan_call(graph, facts, site)}
-    if isinstance(rule, SegmentPass):
-        return {"tier": "block", "module": None, **_plan_segment(graph, facts, rule, site)}
-    if site.kind == "block":
-        return {"tier": "block", "module": None, **_plan_whole_block(facts, rule, site, call, carrying)}
-    if not (site.region_is_module and site.kind == "ffn"):
-        return {"tier": "block", "module": None, **_plan_block(facts, rule, site, site.path, carrying)}
-    module = {"module": site.path, "module_inputs": _ffn_inputs(site)}
-    if not (rule.taps or rule.state_width) and _single_input(call) is site.operands["x"]:
-        return {"tier": "module", **module}
-    around = next(carrying.enclosing(site.path))
-    return {"tier": "block", **module, **_plan_block(facts, rule, site, around, carrying)}
-
-
-def _plan_call(graph: Graph, facts: Facts, site: Site) -> dict[str, Any]:
-    """Find the module that is the site and nothing else."""
-    calls = [c for c in graph.calls if c.path == site.path]
-    whole = {s.path for s in facts.sites if s.kind == "block"} | {""}
-    shared = any(s is not site and s.kind != "block" and s.path == site.path for s in facts.sites)
-    if len(calls) != 1 or site.path in whole or shared:
-        raise Skip("it is no module of its own that is called once")
-    return {"block": site.path, "block_inputs": call_inputs(calls[0])}
-
-
-def _call(graph: Graph, site: Site) -> ModuleCall | None:
-    return next((c for c in graph.calls if c.path == site.path and c.index == site.call_index), None)
-
-
-def _ffn_inputs(site: Site) -> dict[str, Any]:
-    return {"args": [encode(site.operands["x"])], "kwargs": {}}
-
-
-def _single_input(call: ModuleCall | None) -> Node | None:
-    """Return the one tensor a module is called with, if it is called with nothing else."""
-    if call is None or len(call.args) != 1 or not isinstance(call.args[0], Node):
-        return None
-    others = pytree.tree_leaves(call.kwargs)
-    return call.args[0] if all(value is None for value in others) else None
-
-
-def _plan_block(facts: Facts, rule: Pass, site: Site, path: str, carrying: Carrying) -> dict[str, Any]:
-    """Capture the module whose own forward is rewritten, find the site in it, and every tap in it or around it."""
-    graph = facts.graph
-    calls = carrying.calls(path)
-    if len(calls) > 1:
-        what = ", so its layers have no order in which to hand on a state" if rule.state_width else ""
-        raise Skip(f"{path!r} is called {len(calls)} times in one forward{what}")
-    inputs = call_inputs(calls[0]) if path else root_inputs(graph)
-    inline = not (site.region_is_module and site.kind == "ffn")
-    expand = _expand(graph, site, path) if inline else _expand_attention(graph, facts, rule, path)
-    local = local_graph(graph.root.get_submodule(path), inputs, "children", expand)
-    make_forward(local)
-    if inline:
-        entry = find_site(local, path, site.kind, weight_names(site)).operands.get("x")
-    else:
-        entry = _argument(local, below(site.path, path))
-    taps = []
-    for name in rule.taps:
-        node = choose_tap(name, facts, calls[0] if calls else None, local, entry)
-        seen = node is not None and rule.accepts(name, node.meta["val"])
-        tap = _tap(name, node) if node is not None and seen else carrying.tap(rule, name, path)
-        if tap is None:
-            raise Skip(f"no module around it sees the {name}")
-        taps.append(tap)
-    return {"block": path, "block_inputs": inputs, "expand": expand, "taps": tuple(taps)}
-
-
-def _plan_whole_block(
-    facts: Facts, rule: Pass, site: Site, call: ModuleCall | None, carrying: Carrying
-) -> dict[str, Any]:
-    """Find where the block's tokens are, and what follows them."""
-    assert isinstance(rule, BlockPass)
-    try:
-        where = plan_whole_block(facts, site, call, _opened(facts, rule, site) if rule.opens_attention else ())
-    except NotByToken as reason:
-        raise Skip(str(reason)) from None
-    refusal = rule.layout_refusal(where["tokens"])
-    if refusal:
-        raise Skip(refusal)
-    if rule.taps:
-        where["taps"] = _argument_taps(facts, rule, where, call, carrying)
-    return {**where, "layer": site.operands["layer"], "layers": site.operands["layers"]}
-
-
-def _opened(facts: Facts, rule: BlockPass, site: Site) -> tuple[str, ...]:
-    """Return the modules of a block's attentions over its own tokens."""
-    inside = [s for s in facts.sites if s.kind == "attention" and s.path.startswith(site.path)]
-    own = [s for s in inside if s.flavour in ("self", "joint") and set(s.nodes) <= set(site.nodes)]
-    if not own:
-        raise Skip("no attention in it has its own tokens as keys")
-    refusal = next((problem for s in own if (problem := rule.attention_refusal(s))), "")
-    if refusal:
-        raise Skip(refusal)
-    return tuple(sorted({path for s in own for path in _expand(facts.graph, s, site.path)}))
-
-
-def _plan_segment(graph: Graph, facts: Facts, rule: SegmentPass, site: Site) -> dict[str, Any]:
-    """Find the module that owns the segment's blocks, and what follows their tokens there."""
-    layers = int(site.operands["layers"])
-    wanted = next(s for s in rule.segments(layers) if site.operands["layer"] in s)
-    try:
-        where = plan_segment(facts, wanted, root_inputs(graph), rule.taps, by_token=rule.by_token)
-    except NotByToken as reason:
-        raise Skip(str(reason)) from None
-    refusal = rule.layout_refusal(where["segment"])
-    if refusal:
-        raise Skip(refusal)
-    return {**where, "layer": wanted.start, "layers": layers}
-
-
-def _argument_taps(
-    facts: Facts, rule: Pass, where: dict[str, Any], call: ModuleCall | None, carrying: Carrying
-) -> tuple[TapPlan, ...]:
-    """Find the taps of a pass over a whole block among its arguments, or around it: there before its tokens are."""
-    block = facts.graph.root.get_submodule(where["block"])
-    local = local_graph(block, where["block_inputs"], "children", where["expand"])
-    taps = []
-    for name in rule.taps:
-        node = choose_tap(name, facts, call, local)
-        seen = node is not None and node.op == "placeholder" and rule.accepts(name, node.meta["val"])
-        tap = _tap(name, node) if node is not None and seen else carrying.tap(rule, name, where["block"])
-        if tap is None:
-            raise Skip(f"none of its arguments is the {name}, and no module around it sees it")
-        taps.append(tap)
-    return tuple(taps)
-
-
-def _expand(graph: Graph, site: Site, block: str) -> tuple[str, ...]:
-    """Return the modules inside ``block`` through which the site's region runs: they must not stay opaque there."""
-    prefix = f"{block}." if block else ""
-    region = set(site.nodes)
-    inner = {c.path for c in graph.calls if c.path.startswith(prefix) and c.path != block and region & set(c.nodes)}
-    return tuple(sorted(path.removeprefix(prefix) for path in inner))
-
-
-def _expand_attention(graph: Graph, facts: Facts, rule: Pass, block: str) -> tuple[str, ...]:
-    """Return the modules of the block's attention over text, for a rule that reads its queries and keys."""
-    found = attention_over_text(facts, block) if set(rule.taps) & set(OF_ATTENTION) else None
-    return () if found is None else _expand(graph, found, block)
-
-
-def _tap(name: str, node: Node) -> TapPlan:
-    value = node.meta["val"]
-    return TapPlan(name=name, node=node.name, rank=value.ndim, width=value.shape[-1] if value.ndim > 1 else 1)
-
-
-def _argument(local: Graph, child: str) -> Node | None:
-    """Return what the block passes to ``child``."""
-    call = next((n for n in local.fx.nodes if n.op == "call_module" and n.target == child), None)
-    return call.args[0] if call is not None and call.args and isinstance(call.args[0], Node) else None
-
-
-def total_cost(graph: Graph, facts: Facts, planned: Sequence[SitePlan]) -> Cost:
-    """Return parameters, bytes and FLOPs of the whole model, before and after."""
-    parameters = {id(p): p for p in graph.root.parameters()}.values()
-    before = sum(p.numel() for p in parameters)
-    size = sum(p.numel() * p.element_size() for p in parameters)
-    width = max((p.element_size() for p in parameters), default=4)
-    grown = sum(s.parameters_after - s.parameters_before for s in planned)
-    flops = int(facts.costs.flops)
-    sites = [s for s in planned if s.kind != "model"]
-    tokens = {s.name: _tokens(facts, s.name) for s in sites}
-    extra = sum(2 * (s.active_after - s.active_before) * tokens[s.name] * s.calls for s in sites)
-    extra -= int(sum(s.saved_fraction * _site_flops(facts, s.name) for s in sites))
-    return Cost(
-        parameters_before=before,
-        parameters_after=before + grown,
-        bytes_before=size,
-        bytes_after=size + grown * width,
-        flops_before=flops,
-        flops_after=max(1, flops + extra),
-    )
-
-
-def _site_flops(facts: Facts, name: str) -> int:
-    return int(facts.costs.of(next(s for s in facts.sites if s.name == name).nodes).flops)
-
-
-def _tokens(facts: Facts, name: str) -> int:
-    site = next(s for s in facts.sites if s.name == name)
-    value = site.operands.get("x", site.output).meta["val"]
-    assert isinstance(value, torch.Tensor)
-    return value.numel() // value.shape[int(site.shapes.get("axis", -1))]
 
 
 def _asked(graph: Graph, rules: Sequence[Pass]) -> str:
@@ -403,6 +202,3 @@ def _check_nesting(planned: Sequence[SitePlan]) -> None:
                     found=f"{outer.rule} takes {hit!r} apart, which {inner.rule} rewrites by itself",
                     do=f"transform with {inner.rule} first, then with {outer.rule} in a second transform",
                 )
-
-
-__all__ = ["MoefxError", "make_plan"]

@@ -17,7 +17,7 @@ from moefx.model.diffusers import as_saved_class
 from moefx.model.handle import ATTRIBUTE, Applied, Handle, applied_passes, handle_of
 from moefx.model.install import apply_changes, undo_changes
 from moefx.model.plan import Plan
-from moefx.model.planner import make_plan, total_cost
+from moefx.model.planner import make_plan
 from moefx.model.realise import Realised, realise
 from moefx.model.report import Report
 from moefx.model.select import Patterns
@@ -96,8 +96,7 @@ def plan_model(
     with clock.stage("plan"):
         plan = make_plan(graph, rules, recipe=recipe, only=only, skip=skip, seed=seed)
         if budget is not None:
-            facts = analyse(graph)
-            plan = within_budget(graph, plan, rules, budget, calibration, lambda sites: total_cost(graph, facts, sites))
+            plan = within_budget(analyse(graph), plan, rules, budget, calibration)
     return graph, plan
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from moefx.errors import OptionError, nearest
 from moefx.passes.rewrite.base import Pass, get_pass
 
 Rule = Literal["gradient", "host", "graph"]
+Router = Literal["learned", "fitted", "none"]
+ROUTERS: tuple[Router, ...] = get_args(Router)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,7 @@ class Choices:
     combine: str = "weighted sum"
     losses: str = "none"
     start: str
-    router: Literal["learned", "fitted", "none"] = "learned"
+    router: Router = "learned"
     batch_invariant: bool = True
 
 
@@ -106,15 +108,48 @@ def recipes() -> list[Recipe]:
 
 
 def get_recipe(name: str) -> Recipe:
-    """Return a recipe by name.
+    """Return a recipe by name; names with commas between them are composed to one.
 
     Raises:
-        OptionError: there is none; the message names the nearest.
+        OptionError: there is none; the message names the nearest. Or two of them have a pass in common.
     """
     _load_entry_points()
+    parts = [part.strip() for part in name.split(",")]
+    if len(parts) > 1:
+        return _composed([get_recipe(part) for part in parts])
     if name not in _RECIPES:
         raise OptionError(f"use recipe {name!r}", found="no such recipe", do=nearest(name, [r.name for r in recipes()]))
     return _RECIPES[name]
+
+
+def _composed(parts: list[Recipe]) -> Recipe:
+    """Return several recipes as one, all of whose passes are applied together."""
+    name, passes = ",".join(part.name for part in parts), dict[str, Mapping[str, Any]]()
+    for part in parts:
+        again = sorted(passes.keys() & part.passes.keys())
+        if again:
+            found = f"{part.name} has the pass {again[0]} in common with another"
+            raise OptionError(f"compose {name}", found=found, do="name recipes of different kinds of sites")
+        passes |= part.passes
+    words = {
+        slot.name: " + ".join(dict.fromkeys(getattr(part.choices, slot.name) for part in parts))
+        for slot in fields(Choices)
+        if slot.type == "str"
+    }
+    return Recipe(
+        name,
+        " + ".join(part.summary for part in parts),
+        "; ".join(part.paper for part in parts),
+        ";  ".join(part.equation for part in parts),
+        passes,
+        Choices(
+            **words,
+            router=next(kind for kind in ROUTERS if any(part.choices.router == kind for part in parts)),
+            batch_invariant=all(part.choices.batch_invariant for part in parts),
+        ),
+        " ".join(part.notes for part in parts if part.notes),
+        waives={rule: why for part in parts for rule, why in part.waives.items()},
+    )
 
 
 def build_passes(passes: Mapping[str, Mapping[str, Any]], options: Mapping[str, Any]) -> list[Pass]:

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from moefx.errors import InputError, nearest
 from moefx.passes.calibration.layer import LayerStatistics, Sample
+from moefx.passes.calibration.parts import PartStatistics
 
 
 @dataclass
 class Calibration:
-    """Statistics of every feed-forward network of a model.
+    """Statistics of every feed-forward network of a model, and of the heads and tokens that a budget may leave out.
 
     A token's group is ``(branch · modalities + modality) · buckets + bucket``; buckets cut the range of timesteps into
     equal parts, and a layer has more than one modality where text and image tokens go through it together.
@@ -27,6 +28,7 @@ class Calibration:
         branches: names of the branches of guidance, such as conditional and unconditional.
         layers: statistics by site name.
         skipped: networks without statistics, and why.
+        parts: what heads of attentions and tokens of blocks contribute, by site name, over all modalities.
     """
 
     model: str
@@ -35,6 +37,7 @@ class Calibration:
     branches: tuple[str, ...]
     layers: dict[str, LayerStatistics] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, PartStatistics] = field(default_factory=dict)
 
     @property
     def edges(self) -> list[float]:
@@ -62,13 +65,29 @@ class Calibration:
             do="leave it dense with skip=" if why else nearest(name, self.layers),
         )
 
+    def part(self, name: str) -> PartStatistics:
+        """Return the statistics of the heads or the tokens of a site.
+
+        Raises:
+            InputError: there are none.
+        """
+        if name in self.parts:
+            return self.parts[name]
+        raise InputError(
+            f"use the calibration of {name}",
+            found="no statistics of its heads or tokens",
+            do="calibrate again, or leave it dense with skip=",
+        )
+
     def merged(self, other: Calibration) -> Calibration:
         """Return the calibration of both parts' data.
 
         Raises:
             InputError: they group tokens differently, or are of different models.
         """
-        mine, theirs = ((c.model, c.buckets, c.span, c.branches, sorted(c.layers)) for c in (self, other))
+        mine, theirs = (
+            (c.model, c.buckets, c.span, c.branches, sorted(c.layers), sorted(c.parts)) for c in (self, other)
+        )
         if mine != theirs:
             raise InputError(
                 "merge two calibrations",
@@ -76,7 +95,8 @@ class Calibration:
                 do="calibrate both with the same model, buckets, timesteps and branches",
             )
         layers = {name: layer.merged(other.layers[name]) for name, layer in self.layers.items()}
-        return Calibration(self.model, self.buckets, self.span, self.branches, layers, self.skipped)
+        parts = {name: part.merged(other.parts[name]) for name, part in self.parts.items()}
+        return replace(self, layers=layers, parts=parts)
 
     def gathered(self, group: dist.ProcessGroup | None = None) -> Calibration:
         """Return the calibration of the data of all processes, the same on each; itself where there is one process."""

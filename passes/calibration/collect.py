@@ -1,4 +1,4 @@
-"""Run a model on data and collect the statistics of its feed-forward networks.
+"""Run a model on data and collect the statistics of its feed-forward networks, attention heads and tokens.
 
 The model's graph is run instead of its forward: the inputs of every network, inline and gated ones too, are values of
 the graph, so no hook is ever set and an interruption leaves nothing behind.
@@ -28,6 +28,7 @@ from moefx.passes.analysis.conditioning import TIMESTEP
 from moefx.passes.calibration.calibration import Calibration
 from moefx.passes.calibration.layer import LayerStatistics
 from moefx.passes.calibration.modality import JOINT, modality, text_tokens
+from moefx.passes.calibration.part_sites import PartSites
 from moefx.passes.rewrite.dense import dense_weights, hidden_function
 
 Batch = Any
@@ -47,7 +48,7 @@ def calibrate(
     seed: int = 0,
     progress: bool = True,
 ) -> Calibration:
-    """Return the statistics of every feed-forward network of a model on data.
+    """Return the statistics of every feed-forward network, attention head and block's tokens of a model on data.
 
     Give what the model meets when it samples: all noise levels, both branches of guidance, all resolutions. Memory is
     bounded by ``samples`` tokens and a few vectors per layer, however many batches there are.
@@ -90,8 +91,15 @@ def calibrate(
 class _Run:
     """One forward pass: the values that enter the networks, and the gradients of what leaves them."""
 
-    def __init__(self, graph: Graph, sites: dict[str, list[Site]], values: dict[Node, Any], timestep: Tensor | None):
-        self.graph, self.sites, self.values, self.timestep = graph, sites, values, timestep
+    def __init__(
+        self,
+        graph: Graph,
+        sites: dict[str, list[Site]],
+        parts: PartSites,
+        values: dict[Node, Any],
+        timestep: Tensor | None,
+    ) -> None:
+        self.graph, self.sites, self.parts, self.values, self.timestep = graph, sites, parts, values, timestep
         self.gradients: dict[Node, Tensor] = {}
         self.text = {site.name: text_tokens(analyse(graph), site) for calls in sites.values() for site in calls}
 
@@ -130,14 +138,15 @@ class _Runner:
                 f"calibrate {type(self.model).__name__}", found="no feed-forward network", do="see moefx.sites(model)"
             )
         every = [site for group in sites.values() for site in group]
-        ends = [site.output for site in every] if self.loss else []
+        parts = PartSites(facts)
+        ends = [*(site.output for site in every), *parts.ends] if self.loss else []
         (output,) = (n for n in reversed(graph.fx.nodes) if n.op == "output")
         leaves = [n for n in output.all_input_nodes if self.loss]
         clock = [n for n, kind in facts.context.classes.inputs.items() if kind == TIMESTEP][:1]
-        wanted = dict.fromkeys([*(s.operands["x"] for s in every), *ends, *leaves, *clock])
+        wanted = dict.fromkeys([*(s.operands["x"] for s in every), *parts.needs, *ends, *leaves, *clock])
         with torch.set_grad_enabled(self.loss is not None):
             values = graph.values(wanted, *args, **kwargs)
-            run = _Run(graph, sites, values, values[clock[0]] if clock else None)
+            run = _Run(graph, sites, parts, values, values[clock[0]] if clock else None)
             if self.loss is not None:
                 tree = map_arg(output.args[0], lambda n: values[n])
                 result = put_together(list(tree), graph.out_spec) if graph.out_spec is not None else tree
@@ -146,6 +155,12 @@ class _Runner:
 
     def add(self, calibration: Calibration, run: _Run, branch: int) -> None:
         """Add a forward pass to the statistics."""
+
+        def group_of(x: Tensor) -> Tensor:
+            return branch * calibration.buckets + _token_buckets(calibration, run.timestep, x)
+
+        groups = calibration.buckets * len(calibration.branches)
+        run.parts.add(calibration.parts, groups, group_of, run.values, run.gradients)
         for name, calls in run.sites.items():
             why = _unsuitable(calls[0])
             if why:

@@ -16,8 +16,9 @@ from moefx.errors import UnsafeInputError
 from moefx.passes.calibration.calibration import Calibration
 from moefx.passes.calibration.layer import MOMENTS, LayerStatistics, Sample
 from moefx.passes.calibration.moments import Moments
+from moefx.passes.calibration.parts import STATISTICS, PartStatistics, PartUnit
 
-SCHEMA = 1
+SCHEMA = 2  # 1: without parts
 KEY = "moefx_calibration"
 _MOST = 1 << 20
 
@@ -36,6 +37,12 @@ class _Layer(_Data):
     modalities: tuple[str, ...] = Field(min_length=1, max_length=64)
 
 
+class _Part(_Data):
+    name: str
+    unit: PartUnit
+    parts: int = Field(ge=1, le=_MOST)
+
+
 class _Header(_Data):
     schema_version: int
     model: str
@@ -44,6 +51,7 @@ class _Header(_Data):
     branches: tuple[str, ...] = Field(min_length=1, max_length=_MOST)
     layers: tuple[_Layer, ...]
     skipped: dict[str, str]
+    parts: tuple[_Part, ...] = ()
 
 
 def write(calibration: Calibration, path: str | os.PathLike[str]) -> None:
@@ -59,14 +67,17 @@ def write(calibration: Calibration, path: str | os.PathLike[str]) -> None:
         branches=calibration.branches,
         layers=tuple(layers),
         skipped=calibration.skipped,
+        parts=tuple(_Part(name=p.name, unit=p.unit, parts=p.parts) for p in calibration.parts.values()),
     )
     tensors: dict[str, Tensor] = {}
     for i, layer in enumerate(calibration.layers.values()):
         for name, moments in layer.moments.items():
-            for part in ("count", "mean", "squares"):
-                tensors[f"{i}.{name}.{part}"] = getattr(moments, part).contiguous()
+            tensors |= _tensors(f"{i}.{name}", moments)
         for part in ("x", "group", "key"):
             tensors[f"{i}.sample.{part}"] = getattr(layer.sample, part).contiguous()
+    for i, statistics in enumerate(calibration.parts.values()):
+        for name in STATISTICS:
+            tensors |= _tensors(f"part.{i}.{name}", getattr(statistics, name))
     target = Path(path)
     staged = target.with_name(f".{target.name}.{os.getpid()}")
     try:
@@ -74,6 +85,10 @@ def write(calibration: Calibration, path: str | os.PathLike[str]) -> None:
         staged.replace(target)
     finally:
         staged.unlink(missing_ok=True)
+
+
+def _tensors(key: str, moments: Moments) -> dict[str, Tensor]:
+    return {f"{key}.{part}": getattr(moments, part).contiguous() for part in ("count", "mean", "squares")}
 
 
 def read(path: str | os.PathLike[str]) -> Calibration:
@@ -91,9 +106,10 @@ def read(path: str | os.PathLike[str]) -> Calibration:
         raise _unsafe(target, f"no safetensors file: {error}") from error
     header = _header(target, text)
     layers = {spec.name: _layer(target, i, spec, header, tensors) for i, spec in enumerate(header.layers)}
+    parts = {spec.name: _part(target, i, spec, header, tensors) for i, spec in enumerate(header.parts)}
     if tensors:
         raise _unsafe(target, f"unknown tensors: {', '.join(sorted(tensors)[:4])}")
-    return Calibration(header.model, header.buckets, header.span, header.branches, layers, dict(header.skipped))
+    return Calibration(header.model, header.buckets, header.span, header.branches, layers, dict(header.skipped), parts)
 
 
 def _header(path: Path, text: str) -> _Header:
@@ -115,10 +131,7 @@ def _layer(path: Path, i: int, spec: _Layer, header: _Header, tensors: dict[str,
     groups = header.buckets * len(header.branches) * len(spec.modalities)
     moments = {}
     for name in MOMENTS:
-        width = out if name == "output" else hidden
-        shapes = {"count": (groups,), "mean": (groups, width), "squares": (groups, width)}
-        parts = {p: _take(path, tensors, f"{i}.{name}.{p}", s, torch.float64) for p, s in shapes.items()}
-        moments[name] = Moments(**parts)
+        moments[name] = _moments(path, tensors, f"{i}.{name}", groups, out if name == "output" else hidden)
     rows = tensors.get(f"{i}.sample.key", torch.zeros(0)).numel()
     x = _take(path, tensors, f"{i}.sample.x", (rows, dim), torch.float32)
     group = _take(path, tensors, f"{i}.sample.group", (rows,), torch.int64)
@@ -137,6 +150,18 @@ def _layer(path: Path, i: int, spec: _Layer, header: _Header, tensors: dict[str,
         Sample(x, group, key),
         spec.modalities,
     )
+
+
+def _part(path: Path, i: int, spec: _Part, header: _Header, tensors: dict[str, Tensor]) -> PartStatistics:
+    groups = header.buckets * len(header.branches)
+    widths = {name: 1 if name == "whole" else spec.parts for name in STATISTICS}
+    found = {name: _moments(path, tensors, f"part.{i}.{name}", groups, width) for name, width in widths.items()}
+    return PartStatistics(spec.name, spec.unit, **found)
+
+
+def _moments(path: Path, tensors: dict[str, Tensor], key: str, groups: int, width: int) -> Moments:
+    shapes = {"count": (groups,), "mean": (groups, width), "squares": (groups, width)}
+    return Moments(**{p: _take(path, tensors, f"{key}.{p}", s, torch.float64) for p, s in shapes.items()})
 
 
 def _take(path: Path, tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

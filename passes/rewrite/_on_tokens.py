@@ -26,6 +26,7 @@ class Routed:
 
     ``x`` [B, T, D] enters; ``index`` [B, C] and ``weights`` [B, T] come from the router; ``chosen`` [B, C, D] is what
     the block now reads, ``after`` [B, C, D] what it now returns. ``full`` says of what was cut what it was cut from.
+    ``passes`` [B, C] comes from a router that reads taps: which of them do pass.
     """
 
     splice: Splice
@@ -35,13 +36,14 @@ class Routed:
     chosen: Node
     after: Node
     full: Mapping[Node, Node]
+    passes: Node | None = None
 
     def call(self, function: Callable[..., Any], *args: Any, around: Node | None = None) -> Node:
         """Insert a call, by default at the end of the block."""
         return self.splice.call_function(function, args, around=around or self.splice.graph.output_node)
 
 
-def run_on_tokens(context: BlockContext, rule: str, child: str, count: int) -> Routed:
+def run_on_tokens(context: BlockContext, rule: str, child: str, count: int, taps: tuple[Node, ...] = ()) -> Routed:
     """Let the block read only the tokens that its future child ``child`` selects.
 
     Args:
@@ -49,6 +51,7 @@ def run_on_tokens(context: BlockContext, rule: str, child: str, count: int) -> R
         rule: the pass.
         child: returns a `Selection` of the stream.
         count: C in the example run.
+        taps: what else the child reads; it then returns a `TimedSelection`.
     """
     graph, layout, x = context.graph, context.layout, context.stream
     splice = Splice(graph, rule)
@@ -58,7 +61,9 @@ def run_on_tokens(context: BlockContext, rule: str, child: str, count: int) -> R
     with value.fake_mode:
         index_value = torch.empty((value.shape[0], count), dtype=torch.int64, device=value.device)
         weights_value = torch.empty(value.shape[:2], dtype=torch.float32, device=value.device)
-    selection = splice.call_module(child, (x,), around=first, val=(index_value, weights_value))
+    values = (index_value, weights_value, *(torch.empty_like(index_value, dtype=torch.bool) for _ in taps[:1]))
+    selection = splice.call_module(child, (x, *taps), around=first, val=values)
+    passes = splice.call_function(operator.getitem, (selection, 2), around=first) if taps else None
     index = splice.call_function(operator.getitem, (selection, 0), around=first)
     weights = splice.call_function(operator.getitem, (selection, 1), around=first)
     chosen = splice.call_function(gather_tokens, (x, index), around=first)
@@ -76,7 +81,7 @@ def run_on_tokens(context: BlockContext, rule: str, child: str, count: int) -> R
     _reshape(graph, before)
     after = graph.output_node.args[0][layout.output]  # type: ignore[index]
     assert isinstance(after, Node)
-    return Routed(splice, x, index, weights, chosen, after, full)
+    return Routed(splice, x, index, weights, chosen, after, full, passes)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,29 @@ def count_heads(site: Site) -> int:
     return int(out.pre.meta["val"].shape[-1]) // int(site.shapes["head_dim"])
 
 
+def attention_macs(site: Site) -> tuple[float, float]:
+    """Return the multiply-adds of an attention in the example run: what its queries need, and its keys and values.
+
+    The former are their projection, scores, weighted sums and the output projection, over all token streams.
+    """
+    query, key = site.operands["q"].meta["val"], site.operands["k"].meta["val"]
+    keys = float(key.numel()) / (int(query.shape[0]) * int(site.shapes["kv_heads"]) * int(site.shapes["head_dim"]))
+    by_query, by_key = 2.0 * float(query.numel()) * keys, 0.0
+    for stream in site.operands["streams"]:
+        rows = float(stream.x.meta["val"].numel())
+        by_query += rows * stream.q.width if stream.q is not None else 0.0
+        by_key += rows * sum(part.width for part in (stream.k, stream.v) if part is not None)
+        if stream.out is not None:
+            by_query += float(stream.out.pre.meta["val"].numel()) * int(stream.out.node.meta["val"].shape[-1])
+    return by_query, by_key
+
+
+def tokens_of(site: Site) -> int:
+    """Return how many tokens of the main stream enter an attention in the example run."""
+    value = site.operands["x"].meta["val"]
+    return int(value.numel()) // int(value.shape[-1])
+
+
 def refuse_heads(site: Site) -> str:
     """Return why the heads of an attention cannot be told apart before its output projections; ``""`` if they can."""
     if site.dead:

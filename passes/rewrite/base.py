@@ -22,6 +22,7 @@ from moefx.graph import Graph
 from moefx.passes.analysis.segments import SegmentLayout
 from moefx.passes.analysis.site import Kind, Site
 from moefx.passes.analysis.tokens import Branch, TokenLayout
+from moefx.passes.rewrite.ratios import Ratio, Unit
 
 if TYPE_CHECKING:
     from moefx.passes.analysis import Facts
@@ -130,6 +131,7 @@ class Pass(ABC):
         site_kind: which sites it rewrites.
         requires, provides, preserves: facts, from which the order of passes follows.
         Options: its options model.
+        unit: what a budget chooses a share of, if it can choose.
 
     ``calibration`` is what the user measured; a pass may take values from it, never the structure that it builds, since
     a saved model is loaded without.
@@ -142,6 +144,7 @@ class Pass(ABC):
     provides: ClassVar[frozenset[str]] = frozenset()
     preserves: ClassVar[frozenset[str]] = frozenset()
     Options: ClassVar[type[Options]] = Options
+    unit: ClassVar[Unit | None] = None
     calibration: Calibration | None = None
 
     def __init__(self, **options: Any) -> None:
@@ -207,6 +210,14 @@ class Pass(ABC):
 
         ``tap_width`` is the total width of what the taps yield (0 for a raw timestep).
         """
+
+    def ratios(self, site: Site) -> list[Ratio]:
+        """Return what a budget may choose from at this site, the smallest first; nothing if there is no choice."""
+        return []
+
+    def kept_first(self, losses: torch.Tensor) -> torch.Tensor:
+        """Return what each unit of a site is expected to lose, in the order in which this pass would keep them."""
+        return losses.sort(descending=True).values
 
     def warnings(self) -> list[str]:
         """Return what the user should know about these options."""
@@ -331,7 +342,8 @@ def _generator(seed: int, name: str, purpose: str) -> torch.Generator:
 class Costs:
     """Parameters and multiply-adds per token of one site, before and after; active counts what one token uses.
 
-    ``saved_fraction`` of the site's own dense cost is saved on top, where tokens skip it.
+    ``saved_fraction`` of the dense cost of the site, or of each block of a segment, is saved on top, where tokens or
+    samples skip it.
     """
 
     parameters_before: int

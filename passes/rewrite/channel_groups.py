@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from pydantic import Field
 from torch import nn
 
@@ -14,6 +15,7 @@ from moefx.passes.analysis.site import Site
 from moefx.passes.rewrite.base import Context, Contract, Costs, register_pass
 from moefx.passes.rewrite.dense import dense_weights, ffn_counts, ffn_sizes, hidden_function
 from moefx.passes.rewrite.ffn import FFNPass
+from moefx.passes.rewrite.ratios import Ratio, steps
 from moefx.passes.rewrite.thresholds import TIMESTEP_WIDTH, ThresholdOptions, threshold_gate
 from moefx.routing.channels import ChannelGroups
 from moefx.routing.layout import OnAxis
@@ -34,6 +36,7 @@ class ChannelGroupsPass(FFNPass):
     name = "channel-groups"
     summary = "FFN -> groups of hidden neurons, switched by the timestep; exact while all are on"
     provides = frozenset({"routed-channels"})
+    unit = "neurons"
     Options = ChannelGroupsOptions
     options: ChannelGroupsOptions
 
@@ -55,10 +58,20 @@ class ChannelGroupsPass(FFNPass):
         return self.options.threshold_contract("group")
 
     def costs(self, site: Site, tap_width: int = 0) -> Costs:
-        """Return the gate's parameters; groups that are off save nothing until they are cut out of the weights."""
+        """Return parameters and multiply-adds; what the switches save is learnt, and planned as the budget."""
         parameters, compute = ffn_counts(site)
         gate = (self.options.groups - 1) * ((tap_width or TIMESTEP_WIDTH) + 1)
-        return Costs(parameters, parameters + gate, compute, compute)
+        return Costs(parameters, parameters + gate, compute, round(compute * self.options.expected_share))
+
+    def ratios(self, site: Site) -> list[Ratio]:
+        """Return numbers of groups that are on, on average."""
+        groups = self.options.groups
+        return [Ratio({"budget": on / groups}, on / groups) for on in steps(groups)]
+
+    def kept_first(self, losses: torch.Tensor) -> torch.Tensor:
+        """Return the neurons group by group."""
+        groups = losses.reshape(self.options.groups, -1)
+        return groups[groups.sum(1).argsort(descending=True, stable=True)].flatten()
 
     def build(self, context: Context) -> nn.Module:
         """Return the grouped FFN that stands where ``context.site`` stood."""

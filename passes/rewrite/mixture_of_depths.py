@@ -8,11 +8,10 @@ the bit.
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
-from torch import nn
+from pydantic import Field, model_validator
 from torch.fx import Node
 
 from moefx.passes.analysis.site import Kind, Site
@@ -20,7 +19,9 @@ from moefx.passes.analysis.tokens import TokenLayout
 from moefx.passes.rewrite._on_tokens import Keys, Routed, run_on_tokens, set_output
 from moefx.passes.rewrite.attention import refuse_core
 from moefx.passes.rewrite.base import BlockContext, BlockPass, Contract, Costs, Edit, Options, register_pass
+from moefx.passes.rewrite.ratios import STEPS, Ratio, steps
 from moefx.routing.depths import TokenRouter, Weight, scale_tokens, weighted_update
+from moefx.routing.timed_depths import TimedTokenRouter, passing
 from moefx.routing.tokens import put_tokens
 
 CHILD = "token_router"
@@ -34,6 +35,10 @@ class MixtureOfDepthsOptions(Options):
         "constant", description="over layers: from 1 down to the capacity, along a line or half a cosine cut at it"
     )
     warm_up: float = Field(0.0, ge=0, le=1, description="fraction of the training in which the capacity falls from 1")
+    over_time: list[float] = Field(
+        [], description="shares of the capacity by interval of the timestep, equal intervals from t = 0 up; empty: none"
+    )
+    timesteps: float = Field(1000.0, gt=0, description="raw timesteps are in [0, this); 1 if they are sigma")
     dense_above: float = Field(1.0, gt=0, le=1, description="blocks that the schedule gives more than this stay dense")
     dense_first: int = Field(0, ge=0, description="blocks at the beginning that stay dense")
     dense_last: int = Field(0, ge=0, description="blocks at the end that stay dense")
@@ -49,6 +54,14 @@ class MixtureOfDepthsOptions(Options):
     losses: dict[str, float] = Field({}, description="coefficients of the terms balance, z and selection")
     max_error: float = Field(1.0, gt=0, description="refuse a start further from the dense model than this")
     every: int = Field(1, ge=1, description="rewrite every n-th matching block (2 in the paper)")
+
+    @model_validator(mode="after")
+    def _shares(self) -> MixtureOfDepthsOptions:
+        if any(not 0 < share <= 1 for share in self.over_time):
+            raise ValueError(f"over_time = {self.over_time} must be shares in (0, 1]")
+        if self.over_time and self.shared_router:
+            raise ValueError("over_time needs routers of the blocks' own, and shared_router is on")
+        return self
 
     def capacity_of(self, layer: int, layers: int) -> float:
         """Return the capacity of block number ``layer`` of ``layers``."""
@@ -67,9 +80,19 @@ class MixtureOfDepths(BlockPass):
     site_kind: ClassVar[Kind] = "block"
     requires = frozenset({"block-sites"})
     provides = frozenset({"routed-tokens"})
+    unit = "tokens"
     preserves = frozenset({"ffn-sites", "attention-sites"})
     Options = MixtureOfDepthsOptions
     options: MixtureOfDepthsOptions
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """The timestep, if the capacity follows it."""
+        return ("timestep",) if self.options.over_time else ()
+
+    def accepts(self, tap: str, value: torch.Tensor) -> bool:
+        """Return whether the timestep is a raw one: an embedding has no interval."""
+        return value.ndim <= 1
 
     def refusal(self, site: Site) -> str:
         """Return why this block cannot skip tokens."""
@@ -105,7 +128,7 @@ class MixtureOfDepths(BlockPass):
         """Exact when no token is skipped and every weight is 1."""
         o = self.options
         at_one = o.router_std == 0 and (o.weight == "one_plus_tanh" or (o.weight == "identity" and o.router_bias))
-        if at_one and o.capacity == 1:
+        if at_one and o.capacity == 1 and all(share == 1 for share in o.over_time):
             return Contract("exact", 0.0, "every token passes with weight 1")
         return Contract("approximate", o.max_error, "tokens are skipped or weighted")
 
@@ -114,12 +137,22 @@ class MixtureOfDepths(BlockPass):
         o, width = self.options, int(site.shapes["x"][-1])
         rows = 2 if o.weight == "probability" else 1
         bias = int(o.router_bias and o.weight != "probability")
-        saved = 1 - o.capacity_of(int(site.operands["layer"]), int(site.operands["layers"]))
+        over_time = sum(o.over_time) / len(o.over_time) if o.over_time else 1.0
+        saved = 1 - over_time * o.capacity_of(int(site.operands["layer"]), int(site.operands["layers"]))
         # Keys and values are 2 of the 12 D² that a block of usual proportions multiplies a token with.
         saved *= 5 / 6 if o.keep_keys else 1
         # A shared router is counted with the first block.
         own = not (o.shared_router and int(site.operands["layer"]))
         return Costs(0, own * (rows * width + bias), 0, rows * width, saved_fraction=saved)
+
+    def ratios(self, site: Site) -> list[Ratio]:
+        """Return shares of the tokens, in place of what a schedule over layers would give the block."""
+        shares = [kept / STEPS for kept in steps(STEPS)]
+        return [Ratio({"capacity": share, "capacity_schedule": "constant"}, share) for share in shares]
+
+    def kept_first(self, losses: torch.Tensor) -> torch.Tensor:
+        """Return the tokens to which the block adds most first."""
+        return losses
 
     def edit(self, context: BlockContext) -> Edit:
         """Put the router in front of the block, and weigh and return what the block makes of its tokens."""
@@ -127,7 +160,7 @@ class MixtureOfDepths(BlockPass):
         router = self._router(context)
         count = router.tokens(context.stream.meta["val"].shape[1])
         keys = Keys.of(context.graph) if o.keep_keys else None
-        routed = run_on_tokens(context, self.name, CHILD, count)
+        routed = run_on_tokens(context, self.name, CHILD, count, tuple(context.taps.values()))
         if keys is not None:
             keys.keep(routed)
         chosen_weights = routed.call(torch.gather, routed.weights, 1, routed.index, around=routed.chosen.next)
@@ -137,6 +170,8 @@ class MixtureOfDepths(BlockPass):
         else:
             after = routed.call(weighted_update, routed.chosen, after, chosen_weights)
         kept = routed.x if o.skipped == "kept" else routed.call(scale_tokens, routed.x, routed.weights)
+        if routed.passes is not None:
+            after = routed.call(passing, after, kept, routed.index, routed.passes)
         set_output(context, routed.call(put_tokens, kept, routed.index, after))
         return Edit(routed=router, children={CHILD: router})
 
@@ -162,18 +197,19 @@ class MixtureOfDepths(BlockPass):
     def _new_router(self, context: BlockContext, width: int) -> TokenRouter:
         o, module = self.options, context.graph.root
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        router: nn.Module = TokenRouter(
-            width,
-            o.capacity_of(context.layer, context.layers),
-            weight=o.weight,
-            alpha=o.alpha,
-            bias=o.router_bias,
-            std=o.router_std,
-            ties=o.ties,
-            warm_up=o.warm_up,
-            losses=o.losses,
-            generator=context.generator("tokens"),
-            device=device,
-        ).train(module.training)
-        assert isinstance(router, TokenRouter)
-        return router
+        options: dict[str, Any] = {
+            "capacity": o.capacity_of(context.layer, context.layers),
+            "weight": o.weight,
+            "alpha": o.alpha,
+            "bias": o.router_bias,
+            "std": o.router_std,
+            "ties": o.ties,
+            "warm_up": o.warm_up,
+            "losses": o.losses,
+            "generator": context.generator("tokens"),
+            "device": device,
+        }
+        if not o.over_time:
+            return TokenRouter(width, **options).train(module.training)
+        timed = TimedTokenRouter(width, o.over_time, steps=o.timesteps, alone=o.keep_keys, **options)
+        return timed.train(module.training)

@@ -17,6 +17,7 @@ from moefx.graph.splice import Splice
 from moefx.passes.analysis.attention import Stream
 from moefx.passes.analysis.site import Kind, Site
 from moefx.passes.rewrite.attention import (
+    attention_macs,
     count_heads,
     first_node,
     gate_core,
@@ -28,8 +29,10 @@ from moefx.passes.rewrite.attention import (
     refuse_heads,
     refuse_queries,
     split_heads,
+    tokens_of,
 )
 from moefx.passes.rewrite.base import Context, Contract, Costs, Edit, SitePass, register_pass
+from moefx.passes.rewrite.ratios import Ratio, steps
 from moefx.passes.rewrite.thresholds import TIMESTEP_WIDTH, ThresholdOptions, threshold_gate
 from moefx.routing.heads import HeadGate, QueryGate
 
@@ -80,6 +83,7 @@ class MixtureOfHeads(SitePass):
     site_kind: ClassVar[Kind] = "attention"
     requires = frozenset({"attention-sites"})
     provides = frozenset({"routed-heads"})
+    unit = "heads"
     preserves = frozenset({"ffn-sites", "block-sites"})
     Options = MixtureOfHeadsOptions
     options: MixtureOfHeadsOptions
@@ -114,17 +118,35 @@ class MixtureOfHeads(SitePass):
         return Contract("approximate", o.max_error, "heads are dropped or weighted")
 
     def costs(self, site: Site, tap_width: int = 0) -> Costs:
-        """Return the gates' parameters and multiply-adds per token; what heads that are off save is not counted."""
+        """Return the gates' parameters, and the multiply-adds per token of the heads that are on, and of the gates.
+
+        A head that the timestep switches off needs nothing, and as many are off as the budget asks for. A head that is
+        off for a token still is there for the others as keys and values. Its query and its columns of the output
+        projection count as left out, since their product is zero; they are computed until the weights are cut.
+        """
         o, heads = self.options, count_heads(site)
-        if o.router_input == "query":
-            return Costs(0, 0, 0, 0)
+        by_query, by_key = (macs / tokens_of(site) for macs in attention_macs(site))
+        dense = round(by_query + by_key)
         if o.router_input == "timestep":
-            return Costs(0, (heads - 1) * ((tap_width or TIMESTEP_WIDTH) + 1), 0, 0)
-        width = int(site.shapes["x"][-1])
+            gate = (heads - 1) * ((tap_width or TIMESTEP_WIDTH) + 1)
+            return Costs(0, gate, dense, round((by_query + by_key) * o.expected_share))
         shared, active = o.counts(heads)
+        on = heads if active is None else shared + active
+        compute = round(by_query * on / heads + by_key)
+        if o.router_input == "query":
+            return Costs(0, 0, dense, compute)
+        width = int(site.shapes["x"][-1])
         routed = heads - shared if active != 0 else 0
         gate = width * (shared + routed + (2 if shared and routed else 0)) * len(output_streams(site))
-        return Costs(0, gate, 0, gate)
+        return Costs(0, gate, dense, compute + gate)
+
+    def ratios(self, site: Site) -> list[Ratio]:
+        """Return numbers of heads that are on."""
+        o, heads = self.options, count_heads(site)
+        if o.router_input == "timestep":
+            return [Ratio({"budget": on / heads}, on / heads) for on in steps(heads)]
+        shared = o.counts(heads)[0]
+        return [Ratio({"active_heads": on - shared}, on / heads) for on in steps(heads) if on > shared]
 
     def edit(self, context: Context) -> Edit:
         """Insert the gates into the local graph."""
@@ -185,17 +207,4 @@ class MixtureOfHeads(SitePass):
         gates.meta["val"] = gates.meta["val"][:, :1]
         for stream in streams:
             multiply_heads(splice, stream, gates)
-        return {name: threshold_gate(self.options, context, heads, cost=_cost(context.site))}
-
-
-def _cost(site: Site) -> float:
-    """Return the multiply-adds of an attention with all its heads in the example run."""
-    query, key = site.operands["q"].meta["val"], site.operands["k"].meta["val"]
-    keys = float(key.numel()) / (int(query.shape[0]) * int(site.shapes["kv_heads"]) * int(site.shapes["head_dim"]))
-    total = 2.0 * float(query.numel()) * keys
-    for stream in site.operands["streams"]:
-        parts = [part.width for part in (stream.q, stream.k, stream.v) if part is not None]
-        total += float(stream.x.meta["val"].numel()) * sum(parts)
-        if stream.out is not None:
-            total += float(stream.out.pre.meta["val"].numel()) * int(stream.out.node.meta["val"].shape[-1])
-    return total
+        return {name: threshold_gate(self.options, context, heads, cost=sum(attention_macs(context.site)))}

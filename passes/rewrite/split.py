@@ -20,6 +20,7 @@ from moefx.passes.rewrite._slicing import Slicing
 from moefx.passes.rewrite.base import Context, Contract, Costs, Options, register_pass
 from moefx.passes.rewrite.dense import dense_weights, ffn_counts, ffn_sizes, hidden_function
 from moefx.passes.rewrite.ffn import FFNPass
+from moefx.passes.rewrite.ratios import Ratio, steps
 from moefx.passes.rewrite.routing_options import ALIASES, UNIT
 from moefx.routing.layout import OnAxis
 from moefx.routing.normalise import MODES
@@ -101,6 +102,7 @@ class Split(FFNPass):
     name = "split"
     summary = "FFN -> routed slices of itself and a shared slice; fewer active parameters, approximate"
     provides = frozenset({"routed-ffns"})
+    unit = "neurons"
     Options = SplitOptions
     options: SplitOptions
 
@@ -151,6 +153,11 @@ class Split(FFNPass):
         scales = o.experts if o.mode == "one_plus_su" else 0
         after = parameters + router + biases + scales + constants + out * added
         return Costs(parameters, after, compute, compute * (o.shared + o.top_k) // o.slices + router)
+
+    def ratios(self, site: Site) -> list[Ratio]:
+        """Return numbers of slices per token."""
+        o = self.options
+        return [Ratio({"top_k": k}, (o.shared + k) / o.slices) for k in steps(o.experts)]
 
     def warnings(self) -> list[str]:
         """Warn of factors that make a split worse."""

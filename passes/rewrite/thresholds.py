@@ -26,6 +26,11 @@ class ThresholdOptions(Options):
     warmup: float = Field(0.0, ge=0, le=1, description="fraction of the training over which that share falls from 1")
     losses: dict[str, float] | None = Field(None, description="coefficients of the auxiliary terms; None: the paper's")
 
+    @property
+    def expected_share(self) -> float:
+        """The share of the groups that training aims at."""
+        return 1.0 if self.budget is None else self.budget
+
     def threshold_contract(self, what: str) -> Contract:
         """Exact while every group is on."""
         if self.router_bias > 0:
