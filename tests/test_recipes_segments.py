@@ -159,6 +159,77 @@ def test_blocks_that_no_sample_takes_do_not_run() -> None:
 
 
 @torch.no_grad()
+def test_blocks_run_on_the_samples_that_take_them() -> None:
+    model, inputs = _dit()
+    transform(model, inputs, recipe="mixture-of-blocks", router_std=1.0, max_error=10.0)
+    report = model.moefx.report.plan
+    assert 0.6 < report.cost.flops_ratio < 0.72, "two of three blocks, and what is around them"
+    c = F.normalize(model.t_embedder(inputs[1]) + model.y_embedder(inputs[2]), dim=-1)
+    for router in [m for n, m in model.named_children() if n.startswith("block_choice")]:
+        router.weight.zero_()  # the first sample takes the first window, the second the other
+        router.condition_weight.copy_(torch.stack([c[0] - c[1], c[1] - c[0]]))
+    rows = [0] * 6
+    for i, block in enumerate(model.blocks):
+        block.register_forward_pre_hook(lambda _, args, i=i: rows.__setitem__(i, len(args[0])))
+    with torch.enable_grad():
+        everything = model(*inputs).detach()
+    assert rows == [3] * 6, "with gradients all blocks run on all samples"
+    rows[:] = [0] * 6
+    torch.testing.assert_close(model(*inputs), everything, rtol=1e-12, atol=1e-12)
+    for first, middle, last in (rows[:3], rows[3:]):
+        assert middle == first + last == 3
+    assert set(rows) - {0, 3}, "some block ran on some of the samples"
+
+
+def test_a_capacity_fixes_how_many_samples_a_block_takes() -> None:
+    model, inputs = _dit(3)
+    transform(model, inputs, recipe="mixture-of-blocks", router_std=1.0, max_error=10.0, capacity=0.5)
+    router = next(m for n, m in model.named_children() if n.startswith("block_choice"))
+    blocks = list(model.blocks)
+
+    def plain(x: Tensor, c: Tensor) -> Tensor:
+        scores = 0.5 * F.linear(x.mean(1), router.weight.double())
+        scores = scores + 0.5 * F.linear(c, router.condition_weight.double())
+        p, starts = scores.softmax(-1), scores.argmax(-1).tolist()
+        contains = [p[:, 0], p[:, 0] + p[:, 1], p[:, 1]]
+        for j in range(3):
+            wanting = [b for b in range(3) if starts[b] <= j < starts[b] + 2]
+            taken = sorted(wanting, key=lambda b, j=j: (-contains[j][b].item(), b))[:2]  # two of three samples
+            rows = [x[b] for b in range(3)]
+            for b in taken:
+                g = 1 + contains[j][b] - contains[j][b].detach()
+                rows[b] = x[b] + g * (blocks[j](x[b : b + 1], c[b : b + 1])[0] - x[b])
+            x = torch.stack(rows)
+        return x
+
+    runs: list[int] = []
+    handles = [b.register_forward_pre_hook(lambda _, args: runs.append(len(args[0]))) for b in blocks]
+    found = model(*inputs)
+    assert runs == [2, 2, 2]
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(found, _dense(model, inputs, plain), rtol=1e-10, atol=1e-10)
+    (moved,) = torch.autograd.grad(found.square().sum(), [router.weight])
+    assert bool(moved.any())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["SD3Transformer2DModel", "FluxTransformer2DModel"])
+def test_several_streams_run_on_the_samples_that_take_them(name: str) -> None:
+    model = zoo.tiny(name).eval()
+    transform(model, recipe="mixture-of-blocks", group=2, active=1, router_std=5.0, max_error=100.0, verify=False)
+    rows: set[int] = set()
+    for block in model.transformer_blocks:
+        block.register_forward_pre_hook(lambda _, a, k: rows.add(len(k["hidden_states"])), with_kwargs=True)
+    for seed in range(3):
+        inputs = synthesise(model, batch=4, seed=seed)
+        with torch.enable_grad():
+            everything = model(**inputs)[0].detach()
+        torch.testing.assert_close(model(**inputs)[0], everything, rtol=1e-5, atol=1e-5)
+    assert rows & {1, 2, 3}
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["SD3Transformer2DModel", "FluxTransformer2DModel"])
 def test_blocks_of_several_streams_hand_all_of_them_on(name: str) -> None:
     model = zoo.tiny(name).eval()
@@ -182,11 +253,13 @@ def test_all_blocks_of_a_group_are_the_dense_model() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("recipe", ["tread", "mixture-of-blocks"])
-def test_compiles_whole_for_two_batch_sizes(recipe: str) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "options"), [("tread", {}), ("mixture-of-blocks", {}), ("mixture-of-blocks", {"capacity": 0.7})]
+)
+def test_compiles_whole_for_two_batch_sizes(recipe: str, options: dict[str, Any]) -> None:
     torch._dynamo.reset()
     model, inputs = _dit(3)
-    transform(model, inputs, recipe=recipe, verify=False)
+    transform(model, inputs, recipe=recipe, verify=False, **options)
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
     for batch in (3, 2):
         part = tuple(v[:batch].clone() for v in inputs)  # a view would be guarded against its base

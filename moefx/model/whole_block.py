@@ -19,6 +19,7 @@ from moefx.model.plan import TapPlan
 from moefx.model.taps import choose_tap
 from moefx.passes.analysis import Facts
 from moefx.passes.analysis.blocks import structure
+from moefx.passes.analysis.samples import rows_per_sample
 from moefx.passes.analysis.segments import SegmentLayout, segment_layout
 from moefx.passes.analysis.site import Site
 from moefx.passes.analysis.tokens import (
@@ -93,7 +94,7 @@ def plan_segment(
         call = next(c for c in facts.graph.calls if c.path == site.path and c.index == site.call_index)
         path = site.path.removeprefix(f"{owner}." if owner else "")
         blocks.append((path, site, call, _followers(facts, site, call) if by_token else {}))
-    layout = segment_layout(local, blocks)
+    layout = segment_layout(local, blocks, None if by_token else _rows(facts, [block[2] for block in blocks]))
     found = [_tap(name, facts, calls[0] if owner else None, local, layout) for name in taps]
     return {
         "block": owner,
@@ -101,6 +102,13 @@ def plan_segment(
         "segment": layout,
         "taps": tuple(tap for tap in found if tap is not None),
     }
+
+
+def _rows(facts: Facts, calls: Sequence[ModuleCall]) -> set[Node] | None:
+    """Return which arguments of blocks have one row per sample; None if that cannot be told."""
+    leaves = {leaf for call in calls for leaf in pytree.tree_leaves((call.args, call.kwargs)) if _is_tensor(leaf)}
+    inputs = [p.meta["val"] for p in facts.context.flow.placeholders if _is_tensor(p) and p.meta["val"].ndim > 1]
+    return rows_per_sample(facts.context.flow, leaves, int(inputs[0].shape[0])) if inputs else None
 
 
 def _owner(root: nn.Module, paths: Sequence[str]) -> str:

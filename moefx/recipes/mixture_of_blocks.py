@@ -22,9 +22,11 @@ RECIPE = register_recipe(
             start="approximate; equal if all run",
         ),
         notes="The source publishes no code; a = 1/2, the straight-through gradient by the probability of the windows "
-        "and the balance term are ours. Samples of one batch may choose different blocks, and nothing waits for the "
-        "device: all blocks of a group are computed, and the choice gates them. On a CPU without gradients a block "
-        "that no sample of the batch takes is not run. The distillation stages are a matter of training.",
+        "and the balance term are ours. Samples of one batch may choose different blocks. On a CPU without gradients, "
+        "outside of compilation, a block runs on the samples that take it. Elsewhere nothing waits for the device and "
+        "shapes are fixed: a block runs on all samples and the choice gates them; with capacity=0.75 it runs on three "
+        "quarters of the batch, and those it has no place for pass it by. The distillation stages are a matter "
+        "of training.",
         aliases=("mob",),
     )
 )

@@ -5,18 +5,15 @@ Legend: B samples, T tokens, D width, C tokens that stay, S sparse tokens, m blo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moefx import ops
 from moefx.errors import InputError, OptionError
+from moefx.routing.losses import mean_over_tokens
 from moefx.routing.precision import KeepFloat32, at_least_float32, without_autocast
 from moefx.routing.record import RoutingRecord
+from moefx.routing.skip import within_capacity
 from moefx.routing.tokens import Joint
 
 
@@ -119,6 +116,9 @@ class BlockChoice(KeepFloat32):
     embedding, each if there is one. The block's gate is 1 inside the best window and 0 outside, with the gradient of
     the probability that the window contains it (straight through).
 
+    With a capacity a block takes at most ``⌈capacity · B⌉`` samples of a batch, those most likely to want it; the
+    others pass it by, as if it were outside their window. Shapes then depend on the batch size alone.
+
     Args:
         blocks: m.
         active: κ.
@@ -126,6 +126,7 @@ class BlockChoice(KeepFloat32):
         condition_dim: width of y; 0 for none.
         mix: α.
         std: standard deviation of W_x and W_y at the start.
+        capacity: most samples that a block takes, as a fraction of the batch; None for all that want it.
         generator: their source.
         device: as for any module.
     """
@@ -139,13 +140,19 @@ class BlockChoice(KeepFloat32):
         condition_dim: int = 0,
         mix: float = 0.5,
         std: float = 0.02,
+        capacity: float | None = None,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if not 1 <= active <= blocks:
-            raise OptionError(f"run {active} of {blocks} blocks", found="out of range", do="1 <= active <= blocks")
+        if not 1 <= active <= blocks or (capacity is not None and not 0 < capacity <= 1):
+            raise OptionError(
+                f"run {active} of {blocks} blocks at capacity {capacity}",
+                found="out of range",
+                do="1 <= active <= blocks, 0 < capacity <= 1",
+            )
         self.blocks, self.active, self.mix, self.streams = blocks, active, mix, len(dims)
+        self.capacity = capacity
         windows = blocks - active + 1
 
         def normal(columns: int) -> nn.Parameter:
@@ -159,7 +166,7 @@ class BlockChoice(KeepFloat32):
         """Return the gates ``[B, m]`` from the streams ``[B, T, D]`` and y ``[B, D_c]`` if it has a width."""
         with without_autocast(inputs[0]):
             dtype = at_least_float32(inputs[0], self.weight)
-            pooled = torch.cat([_mean(x.to(dtype)) for x in inputs[: self.streams]], dim=-1)
+            pooled = torch.cat([mean_over_tokens(x.to(dtype), 1) for x in inputs[: self.streams]], dim=-1)
             scores = F.linear(pooled, self.weight.to(dtype))
             if self.condition_weight is not None:
                 given = F.linear(inputs[self.streams].to(dtype), self.condition_weight.to(dtype))
@@ -168,6 +175,8 @@ class BlockChoice(KeepFloat32):
             self.record.update(scores, best, "softmax_topk")
             soft = self._contain(scores.softmax(-1))
             hard = self._contain(torch.zeros_like(scores).scatter(-1, best, 1.0))
+            if self.capacity is not None:
+                hard = within_capacity(hard, soft.detach(), self.capacity)
             return hard + (soft - soft.detach())
 
     def _contain(self, windows: Tensor) -> Tensor:
@@ -182,11 +191,6 @@ class BlockChoice(KeepFloat32):
         return f"blocks={self.blocks}, active={self.active}"
 
 
-def _mean(x: Tensor) -> Tensor:
-    """Return the mean over tokens ``[B, D]`` of ``[B, T, D]``; zero, not NaN, of a prompt without words."""
-    return x.sum(1) / torch.sym_max(x.shape[1], 1)  # type: ignore[no-untyped-call]  # max() would guard on the size
-
-
 def gate_block(before: Tensor, after: Tensor, gates: Tensor, block: int) -> Tensor:
     """Return ``after`` where the gate of a block is 1 and ``before`` where it is 0, with the gradient of the gate.
 
@@ -197,33 +201,3 @@ def gate_block(before: Tensor, after: Tensor, gates: Tensor, block: int) -> Tens
     """
     g = gates[:, block].reshape(-1, 1, 1)
     return torch.where(g > 0.5, after + (g - 1) * (after - before), before + g * (after - before)).to(after.dtype)
-
-
-def block_or_nothing(
-    block: Callable[..., Any], gates: Tensor, index: int, streams: tuple[int | str, ...], places: tuple[int, ...]
-) -> Callable[..., Any]:
-    """Return what to call for a block: the block, or a function that hands its input on where no sample takes it.
-
-    What `gate_block` makes of either is the same. Only a CPU is asked for the gates, in eager calls without gradients.
-
-    Args:
-        block: one of m.
-        gates: ``[B, m]``.
-        index: which column.
-        streams: where the block's arguments have the streams: positions, or names.
-        places: where its result has them, −1 for nowhere; none at all if it returns its one stream alone.
-    """
-    if not ops.unseen(gates) or gates.device.type != "cpu" or bool((gates[:, index] > 0.5).any()):
-        return block
-    return partial(_hand_on, streams, places)
-
-
-def _hand_on(streams: tuple[int | str, ...], places: tuple[int, ...], *args: Any, **kwargs: Any) -> Any:
-    found = [args[where] if isinstance(where, int) else kwargs[where] for where in streams]
-    if not places:
-        return found[0]
-    result: list[Any] = [None] * (max(places) + 1)
-    for value, place in zip(found, places, strict=True):
-        if place >= 0:
-            result[place] = value
-    return tuple(result)

@@ -224,7 +224,7 @@ def _interpolated(costs: Costs) -> Costs:
     batch = _batch(flow)
     samples = {batch: costs.nodes}
     for size in (batch + 1, batch + 3):
-        values = _propagate(flow, batch, size)
+        values = propagated(flow, batch, size)
         samples[size] = {n: _node_cost(flow, n, values, costs.nodes[n].parameters) for n in flow.nodes}
     made = Costs.__new__(Costs)
     made.flow, made._in_batch = flow, made
@@ -252,14 +252,25 @@ def _batch(flow: Flow) -> int:
     return int(max(set(sizes), key=sizes.count))
 
 
-def _propagate(flow: Flow, batch: int, size: int) -> dict[Node, Any]:
-    """Return fake values of all nodes with every leading batch dimension changed from ``batch`` to ``size``."""
+def propagated(flow: Flow, batch: int, size: int, wanted: Iterable[Node] | None = None) -> dict[Node, Any]:
+    """Return fake values of all nodes with every leading batch dimension changed from ``batch`` to ``size``.
+
+    Args:
+        flow: of the graph.
+        batch: samples of the example run.
+        size: samples to count with.
+        wanted: nodes that matter; what they do not depend on is left out. None for all.
+
+    Raises:
+        InputError: the graph does not run at that size.
+    """
+    needed = set(flow.nodes) if wanted is None else _behind(flow, wanted)
     values: dict[Node, Any] = {}
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         with mode, torch.no_grad():
             for node in flow.nodes:
-                if node.op == "output":
+                if node.op == "output" or node not in needed:
                     values[node] = None
                 elif node.op == "placeholder":
                     values[node] = _resized(flow, node, batch, size)
@@ -273,6 +284,18 @@ def _propagate(flow: Flow, batch: int, size: int) -> dict[Node, Any]:
             do="use the concrete costs, or capture the model without fixing its batch",
         ) from error
     return values
+
+
+def _behind(flow: Flow, wanted: Iterable[Node]) -> set[Node]:
+    """Return the nodes and all that they are made of, sizes and writes in place included."""
+    seen: set[Node] = set()
+    stack = list(wanted)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack += [*node.all_input_nodes, *flow.writes(node)]
+    return seen
 
 
 def _resized(flow: Flow, node: Node, batch: int, size: int) -> torch.Tensor | Any:

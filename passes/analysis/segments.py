@@ -22,12 +22,14 @@ from moefx.passes.analysis.tokens import Follow, NotByToken
 class Member:
     """One block of a segment: the node of its call, and its streams' nodes before and after, the tokens' first.
 
-    The exit of a stream that nothing reads afterwards, such as the text behind the last block, is "".
+    The exit of a stream that nothing reads afterwards, such as the text behind the last block, is "". ``rows`` numbers
+    the leaves of its arguments that have one row per sample; None where that is not known.
     """
 
     call: str
     entries: tuple[str, ...]
     exits: tuple[str, ...]
+    rows: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,9 @@ class SegmentLayout:
 
 
 def segment_layout(
-    local: Graph, blocks: Sequence[tuple[str, Site, ModuleCall, Mapping[Node, Follow]]]
+    local: Graph,
+    blocks: Sequence[tuple[str, Site, ModuleCall, Mapping[Node, Follow]]],
+    per_sample: set[Node] | None = None,
 ) -> SegmentLayout:
     """Return the layout of a segment in the graph ``local`` of the module that owns its blocks.
 
@@ -52,6 +56,7 @@ def segment_layout(
         local: its children are single nodes.
         blocks: per block its path below the owner, its site and call in the whole model, and what follows its tokens:
             nodes of the whole model, with axes and joint order.
+        per_sample: nodes of the whole model with one row per sample, where the caller knows of all arguments.
 
     Raises:
         NotByToken: a block is out of sight, or does not read what the one before returned.
@@ -72,7 +77,8 @@ def segment_layout(
         exits = tuple(_exit(node, call, leaving, path, needed=leaving is site.output) for _, leaving in streams)
         if members and any(a != b for a, b in zip(members[-1].exits, entries, strict=False)):
             raise NotByToken(f"{path!r} does not read what the block before it returned")
-        members.append(Member(node.name, entries, exits))
+        rows = None if per_sample is None else tuple(i for i, leaf in enumerate(outer) if leaf in per_sample)
+        members.append(Member(node.name, entries, exits, rows))
         for leaf, item in following.items():
             found = _find(pairs, leaf, path)
             follows.append(Follow(found.name, node.name, item.axes, item.ndim, item.joint))

@@ -20,10 +20,10 @@ from moefx.routing.segments import (
     BlockChoice,
     SparseTokens,
     TokenDrop,
-    block_or_nothing,
     follow_shared,
     gate_block,
 )
+from moefx.routing.skip import block_of_some
 from moefx.routing.tokens import follow, gather_tokens, put_tokens
 
 
@@ -189,6 +189,9 @@ class BlockChoiceOptions(Options):
     active: int = Field(2, ge=1, description="adjacent ones of them that run, per sample")
     dense_first: int = Field(0, ge=0, description="blocks at the beginning that always run")
     dense_last: int = Field(0, ge=0, description="blocks at the end that always run")
+    capacity: float | None = Field(
+        None, gt=0, le=1, description="most samples a block takes, as a share of the batch: shapes are fixed; None: all"
+    )
     mix: float = Field(0.5, ge=0, le=1, description="share of the tokens in the score; the rest is the condition's")
     router_std: float = Field(0.02, ge=0, description="standard deviation of the router")
     max_error: float = Field(2.0, gt=0, description="refuse a start further from the dense model than this")
@@ -216,6 +219,18 @@ class BlockChoicePass(_Blocks):
         """The embedding of timestep and label or text, where there is one."""
         return ("condition",)
 
+    def layout_refusal(self, layout: SegmentLayout) -> str:
+        """Return why a block cannot run on a fixed number of samples."""
+        if self.options.capacity is not None and any(member.rows is None for member in layout.members):
+            return "which arguments of its blocks have a row per sample cannot be told"
+        return ""
+
+    def warnings(self) -> list[str]:
+        """Warn of results that depend on the batch."""
+        if self.options.capacity is None:
+            return []
+        return ["with a capacity, which samples pass a block by depends on the others of the batch"]
+
     def segments(self, layers: int) -> list[range]:
         """Return the groups."""
         o = self.options
@@ -229,10 +244,15 @@ class BlockChoicePass(_Blocks):
         return Contract("approximate", self.options.max_error, "blocks are left out")
 
     def costs(self, site: Site, tap_width: int = 0) -> Costs:
-        """Return the router's parameters; a block is only left out where no sample of the batch takes it."""
+        """Return the router's parameters, and the share of each block that samples leave out.
+
+        Where shapes must not depend on the choice and there is no capacity, blocks run on all samples all the same.
+        """
+        o = self.options
         width = sum(int(entry.meta["val"].shape[-1]) for entry, _ in site.operands["streams"])
-        windows = self.options.group - self.options.active + 1
-        return Costs(0, windows * (width + tap_width), 0, 0)
+        windows = o.group - o.active + 1
+        saved = 1 - min(o.active / o.group, 1.0 if o.capacity is None else o.capacity)
+        return Costs(0, windows * (width + tap_width), 0, 0, saved_fraction=saved)
 
     def edit(self, context: SegmentContext) -> Edit:
         """Choose before the first block, and gate what each returns."""
@@ -246,6 +266,7 @@ class BlockChoicePass(_Blocks):
             tuple(int(s.meta["val"].shape[-1]) for s in streams),
             condition_dim=int(taps[0].meta["val"].shape[-1]) if taps else 0,
             mix=self.options.mix,
+            capacity=self.options.capacity,
             std=self.options.router_std,
             generator=context.generator("blocks"),
             device=self._device(context),
@@ -256,7 +277,7 @@ class BlockChoicePass(_Blocks):
             shape = torch.empty((value.shape[0], len(members)), dtype=torch.float32, device=value.device)
         gates = splice.call_module(name, (*streams, *taps), around=first, val=shape)
         for i, member in enumerate(members):
-            _may_skip(context, member, gates, i)
+            _may_skip(context, member, gates, i, self.options.capacity)
             for entry, exit_ in zip(member.entries, member.exits, strict=True):
                 if exit_:
                     before = _now(context.node(member.call), context.node(entry))
@@ -277,7 +298,7 @@ def _now(call: Node, entry: Node) -> Node:
     return next(n for n in call.all_input_nodes if n is entry or n.meta.get("replaces") is entry)
 
 
-def _may_skip(context: SegmentContext, member: Member, gates: Node, block: int) -> None:
+def _may_skip(context: SegmentContext, member: Member, gates: Node, block: int, capacity: float | None) -> None:
     """Say on the call of a block what may be called in its place, if its result holds streams and nothing else."""
     call = context.node(member.call)
     arguments: list[tuple[int | str, Any]] = [*enumerate(call.args), *call.kwargs.items()]
@@ -288,4 +309,4 @@ def _may_skip(context: SegmentContext, member: Member, gates: Node, block: int) 
     places = () if alone else tuple(-1 if node is None else int(str(node.args[1])) for node in exits)
     others = [user for user in call.users if user not in exits] if not alone else []
     if None not in streams and not others and not (alone and len(exits) > 1):
-        call.meta["instead"] = (block_or_nothing, (gates, block, tuple(streams), places))
+        call.meta["instead"] = (block_of_some, (gates, block, capacity, tuple(streams), places, member.rows))
