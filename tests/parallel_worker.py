@@ -1,11 +1,9 @@
-"""What one rank of the tests of parallel execution does; started by torchrun.
+"""What one rank of the tests of parallel execution does; started by test_parallel_jobs.py.
 
-``python -m tests.parallel_worker GROUP+GROUP FOLDER``: each scenario of a group returns numbers, and rank 0 writes the
-worst over all ranks to a file in the folder.
+Each scenario of a group returns numbers, and rank 0 writes the worst over all ranks to a file in the folder.
 """
 
 import json
-import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -73,7 +71,3 @@ def main(names: str, folder: Path) -> None:
     if dist.get_rank() == 0:
         (folder / f"{names}-{dist.get_world_size()}.json").write_text(json.dumps(results, indent=1))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))

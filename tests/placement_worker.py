@@ -1,11 +1,10 @@
-"""What one rank of the parallel tests does; started by torchrun from test_placement_parallel.py, not by pytest.
+"""What one rank of the parallel tests does; started by test_placement_parallel.py.
 
-Each scenario returns numbers; rank 0 writes the worst over all ranks to the file named on the command line.
+Each scenario returns numbers, and rank 0 writes the worst over all ranks to a file.
 """
 
 import copy
 import json
-import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -279,7 +278,3 @@ def main(out: Path) -> None:
     if dist.get_rank() == 0:
         out.write_text(json.dumps(results, indent=1))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

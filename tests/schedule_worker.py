@@ -1,11 +1,10 @@
-"""What one rank of the tests of scheduled graphs does; started by torchrun from test_schedule_graph.py.
+"""What one rank of the tests of scheduled graphs does; started by test_schedule_graph.py.
 
-``schedule_worker.py FILE``: each scenario returns numbers, and rank 0 writes the worst over all ranks to the file.
+Each scenario returns numbers, and rank 0 writes the worst over all ranks to a file.
 """
 
 import copy
 import json
-import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -394,7 +393,3 @@ def main(out: Path, *names: str) -> None:
     if dist.get_rank() == 0:
         out.write_text(json.dumps(results, indent=1))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -12,6 +12,7 @@ from save_support import Plain, gradients, routed_plain
 from torch import Tensor, nn
 
 import moefx
+from tests.ranks import run
 
 WORLD = 2
 
@@ -24,9 +25,10 @@ def _loss(model: nn.Module, x: Tensor) -> Tensor:
     return model(x).square().mean()
 
 
-def _worker(rank: int, folder: str) -> None:
+def _worker(folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     try:
         x = _batch().chunk(WORLD)[rank]
         found = {"ddp": _data_parallel(x), "fsdp": _fully_sharded(x, Path(folder), rank)}
@@ -67,7 +69,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
     model = routed_plain()
     _loss(model, _batch()).backward()
     wanted = gradients(model)
-    torch.multiprocessing.spawn(_worker, args=(str(tmp_path),), nprocs=WORLD)
+    run(_worker, WORLD, str(tmp_path))
     found = torch.load(tmp_path / "gradients.pt", weights_only=True)
     for way in ("ddp", "fsdp"):
         assert found[way].keys() == wanted.keys()

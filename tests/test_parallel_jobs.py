@@ -1,18 +1,17 @@
 """All that needs real processes, in one job of two and one of four; then resuming on two and three, and a loss."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.multiprocessing import ProcessExitedException
 
-ROOT = Path(__file__).resolve().parent.parent
-TIMEOUT_S = 600  # a job takes a minute on two idle cores; where many wait for them, each exchange waits too
+from tests.parallel_worker import main
+from tests.ranks import run
+
 EQUAL, SINGLE = 1e-10, 1e-5
 Results = dict[str, dict[str, Any]]
 TWO = {
@@ -44,21 +43,13 @@ FOUR = {
     "flux": ("flux",),
     "save": ("save_half_way", "save_divided"),
 }
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * TIMEOUT_S)]
+# A job takes a minute on two idle cores; where many wait for them, each exchange waits too.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
-def job(group: str, folder: Path, ranks: int, *, fails: bool = False) -> Results:
+def job(group: str, folder: Path, ranks: int) -> Results:
     """Run groups of scenarios on so many processes and return their numbers."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    script = ["-m", "tests.parallel_worker", group, str(folder)]
-    done = subprocess.run(
-        [*command, *script], env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, cwd=ROOT
-    )
-    if fails:
-        assert done.returncode != 0
-        return {}
-    assert done.returncode == 0, done.stdout + done.stderr
+    run(main, ranks, group, folder)
     read: Results = json.loads((folder / f"{group}-{ranks}.json").read_text())
     return read
 
@@ -97,7 +88,8 @@ def test_four_processes_whose_checkpoints_resume_on_two_and_three(tmp_path: Path
 
 
 def test_the_others_learn_of_a_killed_process_in_time(tmp_path: Path) -> None:
-    job("lost", tmp_path, 3, fails=True)
+    with pytest.raises(ProcessExitedException):
+        run(main, 3, "lost", tmp_path, grace_s=90)
     reports = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("lost-*.json"))]
     assert reports
     for report in reports:

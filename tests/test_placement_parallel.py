@@ -15,6 +15,8 @@ from examples.dit import DiT
 from moefx.errors import InputError, PlanError
 from moefx.parallel import parallel_layers, parallelize
 from moefx.passes.placement import Budget, ModelDims, RoutingTrace, Topology, place
+from tests import placement_worker
+from tests.ranks import run
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2
@@ -34,8 +36,7 @@ def torchrun(script: Path, *arguments: str, ranks: int = RANKS) -> subprocess.Co
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     out = tmp_path_factory.mktemp("parallel") / "results.json"
-    done = torchrun(ROOT / "tests" / "placement_worker.py", str(out))
-    assert done.returncode == 0, done.stdout + done.stderr
+    run(placement_worker.main, RANKS, out)
     read: dict[str, dict[str, Any]] = json.loads(out.read_text())
     return read
 

@@ -15,6 +15,7 @@ from moefx.routing import Experts, HeadGate, LinearRouter, RoutedFFN, RoutingRec
 from moefx.routing.initialise import copies
 from moefx.routing.losses import entropy, load_fractions, switch_balance, z_loss
 from moefx.training import aux_loss, health, routing_records, step_schedules, update_biases
+from tests.ranks import run
 
 D, E = 8, 4
 
@@ -363,8 +364,9 @@ def test_biases_need_a_layer_that_has_them() -> None:
         update_biases(Model())
 
 
-def _bias_worker(rank: int, store: str, results: str) -> None:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(store, 2), rank=rank, world_size=2)
+def _bias_worker(results: str) -> None:
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     layer = biased_layer()
     torch.manual_seed(rank)
     layer(torch.randn(30 + 50 * rank, D))
@@ -375,7 +377,7 @@ def _bias_worker(rank: int, store: str, results: str) -> None:
 
 
 def test_biases_are_updated_over_the_global_batch(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_bias_worker, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    run(_bias_worker, 2, str(tmp_path))
     (one, bias), (two, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert torch.equal(bias, other)
     total = one + two

@@ -1,9 +1,6 @@
 """Schedules as graphs: equal to one process on two, ordered by the clock, and refused when something is planted."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +24,9 @@ from moefx.passes.placement import ModelDims, Placement, Topology
 from moefx.passes.schedule import COMM, COPY, Mark, lint_graph, mark_of, order_graph, set_mark, simulate, tasks_of
 from moefx.passes.schedule.price import price_graph, region_costs
 from moefx.routing import DenseFFN, random_weights
+from tests import schedule_worker
 from tests.placement_worker import WIDTH, Net
+from tests.ranks import run
 
 ROOT = Path(__file__).resolve().parent.parent
 EQUAL = 1e-10
@@ -38,13 +37,7 @@ HOMES = ((0, 1, 1, 0, 1, 0), (1, 0, 1, 1, 1, 0))
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     out = tmp_path / "numbers.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, "-m", "tests.schedule_worker", str(out)],
-        env=environment, capture_output=True, text=True, timeout=400, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    run(schedule_worker.main, 2, out)
     results: dict[str, dict[str, float]] = json.loads(out.read_text())
     assert len(results) >= 6
     for name, numbers in results.items():
