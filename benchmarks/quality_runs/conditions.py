@@ -64,6 +64,10 @@ class Condition:
     penalty: Callable[[nn.Module], Penalty] | None = None
     train: Train | None = None
 
+    def length(self, setting: Setting) -> int:
+        """Return the steps that it is trained for."""
+        return round(self.steps * (setting.dense if self.scratch else setting.extra).steps)
+
 
 def auxiliary(model: nn.Module) -> Penalty:
     """Return the layers' own auxiliary losses."""
@@ -93,8 +97,9 @@ def recipe(name: str, *more: tuple[str, dict[str, Any]], **options: Any) -> Buil
     return build
 
 
-# Experts of half the dense width, two per token: the active width of the dense network.
-_EQUAL = {"experts": 16, "top_k": 2, "granularity": 2, "untie": True}
+# Experts of half the dense width, two per token: the active width of the dense network. And eight of its width.
+_EQUAL: dict[str, Any] = {"experts": 16, "top_k": 2, "granularity": 2, "untie": True}
+_WHOLE: dict[str, Any] = {"experts": 8, "top_k": 1}
 _FURTHER = Condition("dense, trained further", dense)
 
 
@@ -114,10 +119,10 @@ def upcycle(setting: Setting) -> list[Condition]:
             recipe("virtual-groups", experts=16, top_k=2, granularity=2, router_input="timestep"),
             penalty=auxiliary,
         ),
-        Condition("whole copies, token router", recipe("sparse-upcycling", experts=8, top_k=1), penalty=auxiliary),
+        Condition("whole copies, token router", recipe("sparse-upcycling", **_WHOLE), penalty=auxiliary),
         Condition(
             "whole copies, timestep and token router",
-            recipe("sparse-upcycling", experts=8, top_k=1, router_input="timestep+token"),
+            recipe("sparse-upcycling", router_input="timestep+token", **_WHOLE),
             penalty=auxiliary,
         ),
         Condition(
@@ -160,9 +165,13 @@ def composed(setting: Setting) -> list[Condition]:
     gates = {"active_heads": active, "router_std": 0.02}
     return [
         _FURTHER,
-        Condition("copies, token router", recipe("virtual-groups", **_EQUAL), penalty=auxiliary),
+        Condition("whole copies, token router", recipe("sparse-upcycling", **_WHOLE), penalty=auxiliary),
         Condition(f"{active} of {setting.model.heads} heads", recipe("mixture-of-heads", **gates), penalty=auxiliary),
-        Condition("both", recipe("virtual-groups", ("mixture-of-heads", gates), **_EQUAL), penalty=auxiliary),
+        Condition(
+            f"both: whole copies, {active} heads",
+            recipe("sparse-upcycling", ("mixture-of-heads", gates), **_WHOLE),
+            penalty=auxiliary,
+        ),
     ]
 
 

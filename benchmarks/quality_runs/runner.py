@@ -42,6 +42,15 @@ class Table:
         """Whether this run is in the file."""
         return str(seed) in self.runs.get(condition.name, {})
 
+    def elsewhere(self, condition: Condition, seed: int, steps: int) -> Facts | None:
+        """Return the same run from another table of these data: a name with as many steps means one run in all."""
+        for path in sorted(self.path.parent.glob(f"quality_*_{self.setting.name}.json")):
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            facts: Facts = kept["runs"].get(condition.name, {}).get(str(seed), {})
+            if kept["setting"] == self.key and facts.get("steps") == steps:
+                return facts
+        return None
+
     def add(self, condition: Condition, seed: int, facts: Facts) -> None:
         """Keep a finished run."""
         self.runs.setdefault(condition.name, {})[str(seed)] = facts
@@ -73,7 +82,9 @@ def run(setting: Setting, name: str, seeds: int, results: Path, cache: Path, onl
         judge = Judge(setting, data, seed)
         model = dense_model(setting, data, seed, cache)
         for condition in missing:
-            facts = run_condition(setting, condition, Start(model, data, seed), judge)
+            facts = table.elsewhere(condition, seed, condition.length(setting)) or run_condition(
+                setting, condition, Start(model, data, seed), judge
+            )
             table.add(condition, seed, facts)
             console.print(f"seed {seed}  {condition.name}: loss {facts['loss']:.4f}", highlight=False)
     return table
@@ -95,7 +106,7 @@ def run_condition(setting: Setting, condition: Condition, start: Start, judge: J
     model = condition.build(start)
     before = judge.loss(model)
     stage = setting.dense if condition.scratch else setting.extra
-    steps = round(condition.steps * stage.steps)
+    steps = condition.length(setting)
     seconds = 0.0
     if steps:
         stage = dataclasses.replace(stage, steps=steps, warmup_steps=min(stage.warmup_steps, max(1, steps // 4)))
