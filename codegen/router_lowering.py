@@ -20,6 +20,7 @@ import torch
 from torch import fx, nn
 
 from moefx.codegen.calls import calls, is_data
+from moefx.codegen.group_limit import cut, limited
 from moefx.codegen.kernels.grouping import MOST_EXPERTS, GroupingSpec
 from moefx.codegen.kernels.router import RouterGradSpec, RouterSpec
 from moefx.codegen.pointwise import Arg
@@ -176,11 +177,14 @@ class _Router:
     """One router while it is read."""
 
     def __init__(self, choice: fx.Node, scores: fx.Node, value: Value, name: str, modules: nn.Module) -> None:
-        self.choice, self.scores, self.value, self.name = choice, scores, value, name
+        self.choice, self.value, self.name = choice, value, name
         self.modules = modules
-        self.root = self.linear()
-        #: Nodes between the choice and the chosen experts.
+        #: Nodes between the choice and the chosen experts, and before it those that limit it to groups.
         self.between: list[fx.Node] = []
+        found = limited(scores, value)
+        self.limit, self.limiting = (None, ()) if found is None else (found.limit, found.nodes)
+        self.scores = scores if found is None else found.scores
+        self.root = self.linear()
         self.reader = RowReader(self.root, value, self.leaf(self.root))
 
     def linear(self) -> fx.Node:
@@ -233,7 +237,7 @@ class _Router:
             return items[1], k, items.get(0)
         if not self.choice.kwargs.get("descending", False):
             raise CannotLower("lower a router", found=f"{self.choice.name} sorts upwards")
-        cuts = {which: _cut(item, self.between) for which, item in items.items()}
+        cuts = {which: cut(item, self.between) for which, item in items.items()}
         if 1 not in cuts or len({k for _, k in cuts.values()}) != 1:
             raise CannotLower("lower a router", found=f"{self.choice.name} is not cut to the first k")
         node, k = cuts[1]
@@ -242,7 +246,7 @@ class _Router:
     def finish(self, index: fx.Node, k: int, scores: Arg) -> RouterLowering:
         """Return what was read, with the outputs that others read."""
         reader = self.reader
-        inside = {*reader.needed(self.scores), *self.between, self.choice}
+        inside = {*reader.needed(self.scores), *self.limiting, *self.between, self.choice}
         leaving = [n for n in inside if n in reader.env and any(u not in inside and is_data(u) for u in n.users)]
         if not leaving and not index.users:
             raise CannotLower("lower a router", found=f"nothing reads what {self.choice.name} chooses")
@@ -254,7 +258,7 @@ class _Router:
         steps, (by, *values) = reader.b.finish_all(scores, *(value for _, value in results))
         outputs = tuple((kind, value) for (kind, _), value in zip(results, values, strict=True))
         experts = int(self.value(self.root).shape[-1])
-        program = RowProgram(experts, steps, Choice(by, k), tuple(reader.operands.values()), outputs)
+        program = RowProgram(experts, steps, Choice(by, k, self.limit), tuple(reader.operands.values()), outputs)
         # The product itself is the last result.
         places = tuple((n, 1 + (results.index(p) if p in results else len(results))) for n, p in pairs.items())
         x, leaf = self.tokens(), self.leaf(self.root)
@@ -307,39 +311,3 @@ class _Router:
 
 def _dtype(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _cut(node: fx.Node, between: list[fx.Node]) -> tuple[fx.Node, int]:
-    """Return the slice of the first k of a sorted axis, which is all that is read of it; note what stands between."""
-    start = node
-    while len(node.users) == 1:
-        user = next(iter(node.users))
-        k = _first(user)
-        if k is not None:
-            return user, k
-        if called(user) not in ("slice", "alias"):
-            break
-        between.append(user)
-        node = user
-    made = node.meta.get("val")
-    if node is not start and isinstance(made, torch.Tensor) and isinstance(made.shape[-1], int):
-        return node, made.shape[-1]  # the first k of k
-    raise CannotLower("lower a router", found=f"{node.name} is not cut to the first k")
-
-
-def _first(node: fx.Node) -> int | None:
-    """Return k, if a node is ``x[..., :k]``."""
-    arguments: Any = node.args
-    if called(node) == "slice" and len(arguments) == 4:
-        _, dim, start, stop = arguments
-        made: Any = node.meta.get("val")
-        if not isinstance(made, torch.Tensor) or dim not in (-1, made.dim() - 1) or not isinstance(stop, int):
-            return None
-        # A stop beyond the end cuts nothing.
-        return stop if start in (None, 0) and same((stop,), made.shape[-1:]) else None
-    if called(node) != "getitem" or not isinstance(arguments[1], tuple):
-        return None
-    *rest, last = arguments[1]
-    whole = all(i is Ellipsis or i == slice(None) for i in rest)
-    plain = isinstance(last, slice) and last.start in (None, 0) and last.step in (None, 1)
-    return last.stop if whole and plain and isinstance(last.stop, int) else None

@@ -11,6 +11,7 @@ Shapes: T tokens, E experts, K chosen ones.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from moefx.codegen.pointwise import OPS, Arg, PointOp, Step, spell
+from moefx.routing.select import group_limited_top_k, top_k
 
 
 def _over(mask: Tensor, a: Any, rest: float) -> Tensor:
@@ -47,16 +49,34 @@ TABLE: dict[str, PointOp] = OPS | ROW_OPS
 
 
 @dataclass(frozen=True)
+class Limit:
+    """Only the ``keep`` best of equal ``groups`` are eligible; the ``best`` highest scores of a group count."""
+
+    groups: int
+    keep: int
+    best: int
+
+
+@dataclass(frozen=True)
 class Choice:
     """The top ``k`` of a row by ``scores``, ties to the lowest expert."""
 
     scores: Arg
     k: int
+    limit: Limit | None = None
 
     @property
     def text(self) -> str:
         """The choice in one line."""
-        return f"choose {self.k} by {spell(self.scores)}"
+        limit = self.limit
+        within = f" within the best {limit.keep} of {limit.groups} groups by {limit.best}" if limit else ""
+        return f"choose {self.k} by {spell(self.scores)}{within}"
+
+    def experts(self, scores_TE: Tensor) -> Tensor:
+        """Return the chosen experts ``[T, K]``: the reference for kernels."""
+        if self.limit is None:
+            return top_k(scores_TE, self.k)
+        return group_limited_top_k(scores_TE, self.k, **dataclasses.asdict(self.limit))
 
 
 @dataclass(frozen=True)
@@ -102,7 +122,7 @@ class RowProgram:
         evaluate(first, values, nothing)
         if experts is None:
             scores = broadcast(values, self.choice.scores, nothing)
-            experts = scores.sort(dim=-1, descending=True, stable=True).indices[..., : self.choice.k]
+            experts = self.choice.experts(scores)
         chosen = nothing.scatter(1, experts, True)
         evaluate(rest, values, chosen)
         outputs = [broadcast(values, value, nothing) for _, value in self.outputs]

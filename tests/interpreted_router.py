@@ -19,9 +19,9 @@ from moefx import ops
 from moefx.codegen import lowerings, replace, routing, runtime
 from moefx.codegen.router_lowering import RouterLowering
 from moefx.routing.normalise import normalise, selection_scores
-from moefx.routing.select import top_k
+from moefx.routing.select import group_limited_top_k, top_k
 from tests.interpreted_kernels import _poisoned_memory, experts_of  # noqa: F401
-from tests.router_support import traced
+from tests.router_support import traced, within_groups
 
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|divide by zero|invalid value):RuntimeWarning")
 
@@ -139,6 +139,52 @@ def test_choices_of_small_integers(tokens: int, experts: int, data: st.DataObjec
     k = data.draw(st.integers(1, min(8, experts)))
     logits = torch.randint(-2, 3, (tokens, experts), generator=torch.Generator().manual_seed(tokens)).float()
     assert torch.equal(choose(logits, k), top_k(logits, k))
+
+
+@pytest.mark.parametrize(
+    ("experts", "groups", "keep", "best", "k"),
+    [(12, 4, 2, 2, 3), (64, 8, 4, 2, 8), (15, 3, 1, 2, 4), (20, 5, 3, 1, 6), (6, 6, 2, 2, 2), (8, 1, 1, 3, 8)],
+)
+def test_a_choice_within_the_best_groups_and_its_gradient(
+    experts: int, groups: int, keep: int, best: int, k: int
+) -> None:
+    x, weight = draw((2, 19), 24, experts, torch.float32)
+    given, function = (x, weight, torch.randn(experts) / 8), within_groups(groups, keep, best, k)
+    run = lowered(function, *given)
+    names = {str(node.target) for node in run.graph.nodes}
+    assert not any("sort" in name or "scatter" in name for name in names), "the kernel chooses the groups too"
+    leaves = [given[0].requires_grad_(), given[1].requires_grad_()]
+    index, gates = run(*given)
+    exact = [t.detach().double() for t in given]
+    free = [t.requires_grad_() for t in exact[:2]]
+    want_index, _ = function(*exact)
+    assert torch.equal(index, want_index), "no tie is as close as float32 rounds, with this seed"
+    logits = torch.nn.functional.linear(*free)
+    want = normalise(logits, index, "sigmoid_topk_renorm", scale=2.5)
+    torch.testing.assert_close(gates.double(), want, atol=1e-5, rtol=1e-5)
+    seed = torch.randn_like(gates)
+    for one, other in zip(
+        torch.autograd.grad(gates, leaves, seed), torch.autograd.grad(want, free, seed.double()), strict=True
+    ):
+        torch.testing.assert_close(one.double(), other, atol=3e-5, rtol=3e-5)
+
+
+@hypothesis.settings(max_examples=10, deadline=None, derandomize=True)
+@hypothesis.given(st.integers(1, 6), st.integers(1, 6), st.data())
+def test_ties_within_groups_go_to_the_lowest(groups: int, members: int, data: st.DataObject) -> None:
+    keep, best = data.draw(st.integers(1, groups)), data.draw(st.integers(1, 3))
+    k, experts = data.draw(st.integers(1, keep * members)), groups * members
+    logits = torch.randint(-1, 2, (17, experts), generator=torch.Generator().manual_seed(experts)).float()
+
+    def run(x: Tensor, weight: Tensor) -> Tensor:
+        scores = torch.nn.functional.linear(x, weight)
+        chosen = group_limited_top_k(scores, k, groups=groups, keep=keep, best=best)
+        ops.group(chosen, experts)
+        return chosen
+
+    given = torch.eye(17), logits.T.contiguous()
+    got = lowered(run, *given)(*given)
+    assert torch.equal(got, group_limited_top_k(logits, k, groups=groups, keep=keep, best=best))
 
 
 def test_no_tokens() -> None:

@@ -15,7 +15,8 @@ from moefx import ops
 from moefx.codegen import lowerings
 from moefx.codegen.kernels.router import RouterSpec
 from moefx.codegen.router_lowering import RouterLowering
-from moefx.routing.select import top_k
+from moefx.routing.normalise import normalise, selection_scores
+from moefx.routing.select import group_limited_top_k, top_k
 
 
 def renormalised(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,10 +34,23 @@ def traced(function: Callable[..., object], *inputs: Tensor | None) -> fx.GraphM
         return make_fx(function, pre_dispatch=True)(*inputs)
 
 
-def standard_router(experts: int, dtype: torch.dtype) -> RouterSpec:
-    """Return the kernel of `renormalised` over tokens of DiT-XL/2's width."""
+def within_groups(groups: int, keep: int, best: int, k: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return DeepSeek-V3's router: scores with a bias, the best groups, the best experts of those."""
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        logits = F.linear(x.to(torch.promote_types(weight.dtype, torch.float32)), weight)
+        scores = selection_scores(logits.detach(), "sigmoid_topk_renorm", bias)
+        experts = group_limited_top_k(scores, k, groups=groups, keep=keep, best=best)
+        ops.group(experts.reshape(-1, k), weight.shape[0])
+        return experts, normalise(logits, experts, "sigmoid_topk_renorm", scale=2.5)
+
+    return run
+
+
+def standard_router(experts: int, dtype: torch.dtype, function: Callable[..., object] = renormalised) -> RouterSpec:
+    """Return the kernel of a router over tokens of DiT-XL/2's width."""
     tokens = torch.zeros(3, 5, 1152, dtype=dtype)
-    graph = traced(renormalised, tokens, torch.zeros(experts, 1152), torch.zeros(experts))
+    graph = traced(function, tokens, torch.zeros(experts, 1152), torch.zeros(experts))
     return next(item.spec for item in lowerings(graph) if isinstance(item, RouterLowering))
 
 

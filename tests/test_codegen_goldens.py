@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from moefx.codegen import CombineSpec, LinearSpec, choose, emit, emit_tile_map, target, trace_pointwise
+from moefx.codegen.kernels import ChoiceSumSpec
 from moefx.codegen.kernels.grouping import GroupingSpec
 from moefx.codegen.kernels.router import RouterGradSpec
 from tests.codegen_support import best, down_projection, swiglu, two_weights, up_projection
-from tests.router_support import standard_router
+from tests.router_support import standard_router, within_groups
 
 
 def sources() -> dict[str, str]:
@@ -23,6 +24,8 @@ def sources() -> dict[str, str]:
     up, down, pair = up_projection(), down_projection(), two_weights()
     sm_80, sm_90, sm_100 = target("sm_80"), target("sm_90"), target("sm_100")
     router = standard_router(8, torch.bfloat16)
+    limited = standard_router(60, torch.bfloat16, within_groups(10, 4, 2, 8))
+    total = ChoiceSumSpec(1152, "bfloat16")
     grad = RouterGradSpec(router.program, (0,))
     gated = LinearSpec(1000, 300, "float16", False, True, 1, trace_pointwise(swiglu, 600))
     return {
@@ -37,6 +40,8 @@ def sources() -> dict[str, str]:
         "kernel_tile_map.py": emit_tile_map(),
         "kernel_grouping.py": emit(GroupingSpec(), GroupingSpec().schedule(sm_90, 1024, 128)),
         "kernel_router_sm_90.py": emit(router, router.schedule(sm_90, 1024, 128)),
+        "kernel_router_limited_sm_90.py": emit(limited, limited.schedule(sm_90, 1024, 128)),
+        "kernel_choice_combine.py": emit(total, total.schedule(sm_90, 1024, 128)),
         "kernel_router_grad.py": emit(grad, grad.schedule(sm_90, 1024, 128)),
     }
 

@@ -20,7 +20,7 @@ from moefx.codegen.router_lowering import RouterLowering
 from moefx.codegen.spec import Kernel
 from moefx.routing.select import top_k
 from tests.codegen_support import needs_triton
-from tests.router_support import Recorder, renormalised, standard_router, traced
+from tests.router_support import Recorder, renormalised, standard_router, traced, within_groups
 
 
 def router(function: Any, *inputs: Tensor) -> RouterLowering | Refusal:
@@ -39,6 +39,12 @@ def test_steps_are_read_from_the_graph() -> None:
     assert "choose 8 by" in text
     assert text.count("row_sum") == 1, "the softmax over all, for the scores"
     assert text.count("chosen_sum") == 1, "the softmax over the chosen, for the gates"
+
+
+def test_a_limit_to_groups_is_part_of_the_choice() -> None:
+    spec = standard_router(64, torch.bfloat16, within_groups(8, 4, 2, 6))
+    assert "within the best 4 of 8 groups by 2" in spec.program.text()
+    assert spec.name != standard_router(64, torch.bfloat16, within_groups(8, 3, 2, 6)).name
 
 
 @pytest.mark.parametrize(
@@ -63,7 +69,10 @@ def test_other_choices_are_not_spoken_of() -> None:
 def kernels(experts: int) -> list[tuple[Kernel, Any]]:
     """Return a router, its gradient, and grouping, with what their ``launch`` takes."""
     spec = standard_router(experts, torch.bfloat16)
+    limited = standard_router(experts, torch.bfloat16, within_groups(8, 4, 2, 8))
+    odd = standard_router(60, torch.bfloat16, within_groups(10, 4, 2, 8))
     found: list[tuple[Kernel, Any]] = [(spec, None), (RouterGradSpec(spec.program, (0,)), None)]
+    found += [(limited, None), (odd, None)]
     groups, flat = 1 << experts.bit_length(), ["i64", [4098]]
     counts, tiles = ["i32", [33, groups]], ["i32", [3, 39]]
     return [*found, (GroupingSpec(), (flat, counts, flat, ["i64", [experts + 1]], flat, tiles, 64))]

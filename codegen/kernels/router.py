@@ -47,6 +47,8 @@ class RouterSpec(Kernel):
         if not 1 <= self.program.choice.k <= self.program.experts <= MOST_EXPERTS:
             found = f"the top {self.program.choice.k} of {self.program.experts} experts"
             raise CannotLower("emit a router", found=found, do=f"kernels take up to {MOST_EXPERTS} experts")
+        if _columns(self.program) > 2 * MOST_EXPERTS:
+            raise CannotLower("emit a router", found=f"groups that take {_columns(self.program)} columns of a tile")
 
     @property
     def text(self) -> str:
@@ -65,22 +67,25 @@ class RouterSpec(Kernel):
         block_k = min(128 // ITEM_BYTES[self.dtype], power_of_two(self.width))
         if target.is_interpreter:
             return Schedule(32, 16, min(64, power_of_two(self.width)), 1, 1, 1)
-        rows, warps = _rows(self.program.experts)
-        stage = (rows + power_of_two(self.program.experts)) * block_k * 4
+        columns = _columns(self.program)
+        rows, warps = _rows(columns if self.program.choice.limit is None else 2 * columns)
+        stage = (rows + columns) * block_k * 4
         return Schedule(rows, 16, block_k, warps, max(1, min(3, target.max_stages, 64 * 1024 // stage)), 1)
 
     def emit(self, schedule: Schedule) -> str:
         """Return the source of the kernel's module."""
         program, choice = self.program, self.program.choice
         first, rest = program.before_choice()
-        numbers = range(len(program.outputs))
+        numbers, limit = range(len(program.outputs)), _limit(program)
         return render(
             ROUTER,
             title=f"{self.name}: logits, scores, choice and gates of every token.",
             meaning=f"z0 = x @ weight.T; {choice.text}, ties to the lowest expert; then the gates",
             facts=f"D = {self.width}, E = {program.experts}; {schedule.block_m} tokens per program.",
             helpers=[ORDER, *(_templates.HELPERS[name] for name in helpers((*first, *rest)))],
-            **_common(program, schedule),
+            **_common(program, schedule) | {"block_e": _columns(program)},
+            limit=limit,
+            lane="expert" if not limit or limit["members"] == limit["size"] else "lane",
             d=self.width,
             dtype=self.dtype,
             weight_dtype=self.weight_dtype,
@@ -164,10 +169,26 @@ class RouterGradSpec(Kernel):
         return [*found, *seeds, *[wide] * len(self.wanted)]
 
 
-def _rows(experts: int) -> tuple[int, int]:
+def _rows(columns: int) -> tuple[int, int]:
     """Return tokens per program and warps, so that a value of every expert takes few registers."""
-    block_e = power_of_two(experts)
-    return (32, 4) if block_e <= 64 else (16, 4 if block_e <= 128 else 8)
+    return (32, 4) if columns <= 64 else (16, 4 if columns <= 128 else 8)
+
+
+def _limit(program: RowProgram) -> dict[str, int] | None:
+    """Return the sizes of a limit to groups: groups and members of each in the tile, and what there is of them."""
+    limit = program.choice.limit
+    if limit is None:
+        return None
+    size = program.experts // limit.groups
+    members = power_of_two(size, 1)
+    sizes = {"groups": power_of_two(limit.groups, max(1, 16 // members)), "members": members}
+    return {**sizes, "count": limit.groups, "size": size, "keep": limit.keep, "best": min(limit.best, size)}
+
+
+def _columns(program: RowProgram) -> int:
+    """Return the columns of a tile of the forward kernel: every group of experts has a power of two of them."""
+    limit = _limit(program)
+    return power_of_two(program.experts) if limit is None else limit["groups"] * limit["members"]
 
 
 def _common(program: RowProgram, schedule: Schedule, used: set[str] | None = None) -> dict[str, Any]:

@@ -33,12 +33,22 @@ def kernel(
     UPCAST: tl.constexpr,  # the interpreter has no arithmetic for bfloat16
 ):
     token = tl.program_id(0).to(tl.int64) * {{ block_m }} + tl.arange(0, {{ block_m }})
+{% if lane == "expert" %}
     expert = tl.arange(0, {{ block_e }})
+{% else %}
+    # Every group has a power of two of columns, so that a row can be cut into its groups.
+    lane = tl.arange(0, {{ block_e }})
+    expert = lane // {{ limit.members }} * {{ limit.size }} + lane % {{ limit.members }}
+{% endif %}
     # Tokens and experts that do not exist re-read existing ones; nothing of them is stored.
     source = tl.minimum(token, tokens - 1)
     column = tl.minimum(expert, {{ experts - 1 }})
     exists = (token < tokens)[:, None]
+{% if lane == "expert" %}
     known = (expert < {{ experts }})[None, :]
+{% else %}
+    known = ((lane % {{ limit.members }} < {{ limit.size }}) & (expert < {{ experts }}))[None, :]
+{% endif %}
 
     ks = tl.arange(0, {{ block_k }})
     x = x_ptr + source[:, None] * x_stride + ks[None, :]
@@ -84,15 +94,41 @@ def kernel(
     {{ statement }}
 {% endfor %}
 {% endif %}
+{% if limit %}
+
+    # Every group scores the sum of its {{ limit.best }} highest scores.
+    score = tl.where(known, {{ scores }}, float("-inf"))
+    parts = tl.reshape(score, ({{ block_m }}, {{ limit.groups }}, {{ limit.members }}))
+    free = tl.where(known, _order(score), -2147483648)
+    free = tl.reshape(free, ({{ block_m }}, {{ limit.groups }}, {{ limit.members }}))
+    member = tl.arange(0, {{ limit.members }})[None, None, :]
+    total = tl.zeros(({{ block_m }}, {{ limit.groups }}), tl.float32)
+    for _ in range({{ limit.best }}):
+        top = tl.max(free, 2)[:, :, None]
+        first = member == tl.min(tl.where(free == top, member, {{ limit.members }}), 2)[:, :, None]
+        total += tl.sum(tl.where(first, parts, 0.0), 2)
+        free = tl.where(first, -2147483648, free)
+
+    # The best {{ limit.keep }} groups are eligible; the lowest group among equals.
+    group = tl.arange(0, {{ limit.groups }})[None, :]
+    rest = tl.where(group < {{ limit.count }}, _order(total), -2147483648)
+    eligible = tl.zeros(({{ block_m }}, {{ limit.groups }}), tl.int1)
+    for _ in range({{ limit.keep }}):
+        top = tl.max(rest, 1)[:, None]
+        best = group == tl.min(tl.where(rest == top, group, {{ limit.groups }}), 1)[:, None]
+        eligible = eligible | best
+        rest = tl.where(best, -2147483648, rest)
+    limited = tl.reshape(tl.where(eligible[:, :, None], parts, float("-inf")), ({{ block_m }}, {{ block_e }}))
+{% endif %}
 
     # The best {{ k }}, one after another; the lowest expert among equals.
-    key = tl.where(known, _order({{ scores }}), -2147483648)
+    key = tl.where(known, _order({{ "limited" if limit else scores }}), -2147483648)
     chosen = tl.zeros(({{ block_m }}, {{ block_e }}), tl.int1)
     rank = tl.zeros(({{ block_m }}, {{ block_e }}), tl.int32)
     for slot in range({{ k }}):
         top = tl.max(key, 1)[:, None]
-        at = tl.min(tl.where(key == top, expert[None, :], {{ block_e }}), 1)[:, None]
-        hit = expert[None, :] == at
+        at = tl.min(tl.where(key == top, {{ lane }}[None, :], {{ block_e }}), 1)[:, None]
+        hit = {{ lane }}[None, :] == at
         chosen = chosen | hit
         rank = tl.where(hit, slot, rank)
         key = tl.where(hit, -2147483648, key)
