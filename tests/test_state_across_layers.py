@@ -134,6 +134,8 @@ def test_equations_over_three_layers(recipe: str) -> None:
         for block in plain.transformer_blocks:
             block.ff.layer.router.scorer.cell = plain.transformer_blocks[0].ff.layer.router.scorer.cell
     x = inputs(DIT)
+    if recipe == "rmoe":  # at another image size and batch than the planned ones
+        x = inputs(DIT, 3) | {"hidden_states": torch.randn(3, 4, 14, 14, generator=DRAWS)}
     given = {k: v.double() if v.is_floating_point() else v for k, v in x.items() if isinstance(v, Tensor)}
     wanted = gradients(plain, plain, given)
     memory.state = None

@@ -78,6 +78,8 @@ def patched(tracer: GuidedTracer) -> Iterator[None]:
             _patch_modules(replace, active, tracer)
             functions = _patch_functions(replace, active, tracer)
             _patch_user_imports(replace, functions, tracer)
+            if tracer.symbolic_int:
+                _shadow_int(undo, active, tracer)
             _patch_autocast(replace, active, tracer)
             # torch logs a traceback of every operation that does not fit its inputs; the error that follows says it.
             replace(logging.getLogger("torch._subclasses.fake_tensor"), "disabled", True)
@@ -163,6 +165,33 @@ def _patch_user_imports(replace: Callable[..., None], functions: dict[int, Any],
         for name, value in list(vars(file).items()):
             if id(value) in functions and not isinstance(file, type):
                 replace(file, name, functions[id(value)])
+
+
+def _shadow_int(undo: list[Callable[[], None]], active: Callable[[], bool], tracer: GuidedTracer) -> None:
+    """Give the model's own files an ``int`` of their own, which leaves numbers of the graph in it."""
+
+    class Shadow(type):
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            number = active() and len(args) == 1 and not kwargs and type(args[0]) is ScalarProxy
+            return tracer.scalar(int, args[0]) if number else int(*args, **kwargs)
+
+        def __instancecheck__(cls, instance: Any) -> bool:
+            return isinstance(instance, int)
+
+        def __subclasscheck__(cls, subclass: type) -> bool:
+            return issubclass(subclass, int)
+
+        def __eq__(cls, other: object) -> bool:
+            return other is cls or other is int
+
+        def __hash__(cls) -> int:
+            return hash(int)
+
+    shadow = Shadow("int", (), {})
+    for file in _own_files(tracer.root):
+        if not isinstance(file, type) and "int" not in vars(file):
+            undo.append(lambda file=file: vars(file).pop("int"))  # type: ignore[misc]
+            vars(file)["int"] = shadow
 
 
 def _patch_autocast(replace: Callable[..., None], active: Callable[[], bool], tracer: GuidedTracer) -> None:

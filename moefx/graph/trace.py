@@ -28,6 +28,7 @@ def trace(
     *,
     leaf: Literal["nn", "torch", "children"] = "nn",
     expand: Collection[str] = (),
+    symbolic_int: bool = False,
 ) -> Graph:
     """Capture ``model`` on one example as a graph.
 
@@ -38,6 +39,8 @@ def trace(
         leaf: which modules stay nodes: those of ``torch.nn`` and of moefx, those of ``torch.nn`` alone (``"torch"``:
             routed modules show their operators), or all below ``model`` but the paths in ``expand``.
         expand: see ``leaf``.
+        symbolic_int: let ``int(size ** 0.5)`` and its like in the model's own files stay in the graph, where it would
+            otherwise be a guard. For code in which no type is compared with ``int`` by identity.
 
     Raises:
         InputError: ``model`` is not a module, or the inputs do not fit it.
@@ -52,13 +55,13 @@ def trace(
         args, kwargs = _on_model_device(model, args, kwargs)
         spec = CallSpec(model, args, kwargs)
         _check_devices(model, spec)
-        return _trace_as_needed(model, spec, leaf, expand)
+        return _trace_as_needed(model, spec, leaf, expand, symbolic_int)
 
 
-def _trace_as_needed(model: nn.Module, spec: CallSpec, leaf: str, expand: Collection[str]) -> Graph:
+def _trace_as_needed(model: nn.Module, spec: CallSpec, leaf: str, expand: Collection[str], symbolic_int: bool) -> Graph:
     """Trace on values without data; where forward reads data, run the example."""
     try:
-        return _trace(model, spec, leaf, expand, real=False)
+        return _trace(model, spec, leaf, expand, symbolic_int, real=False)
     except NeedsData as reason:
         fake = any(isinstance(t, torch._subclasses.FakeTensor) for t in spec.examples)
         if fake or any(t.is_meta for t in [*model.parameters(), *model.buffers()]):
@@ -69,7 +72,7 @@ def _trace_as_needed(model: nn.Module, spec: CallSpec, leaf: str, expand: Collec
             ) from None
     try:
         with torch.random.fork_rng(devices=[]):
-            return _trace(model, spec, leaf, expand, real=True)
+            return _trace(model, spec, leaf, expand, symbolic_int, real=True)
     except NeedsData as reason:
         raise CaptureError(
             f"trace {type(model).__name__}", found=str(reason), do="keep the data-dependent part out of forward"
@@ -82,9 +85,12 @@ def _example(model: nn.Module) -> Inputs:
     return synthesise(model)
 
 
-def _trace(model: nn.Module, spec: CallSpec, leaf: str, expand: Collection[str], real: bool) -> Graph:
+def _trace(
+    model: nn.Module, spec: CallSpec, leaf: str, expand: Collection[str], symbolic_int: bool, *, real: bool
+) -> Graph:
     modes = [t.fake_mode for t in spec.examples if isinstance(t, torch._subclasses.FakeTensor)]
     tracer = GuidedTracer(model, leaf, real, modes[0] if modes else None, expand)
+    tracer.symbolic_int = symbolic_int
     snapshot = Snapshot(model)
     try:
         with _random_state_kept(model, torch_too=not real):

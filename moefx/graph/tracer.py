@@ -67,6 +67,7 @@ class GuidedTracer:
         self.constants: dict[str, torch.Tensor] = {}
         self.autocasts: list[tuple[str, torch.dtype, bool]] = []
         self.paused = False
+        self.symbolic_int = False
         self.made: list[weakref.ref[Any]] = []
         self._fake = mode or FakeTensorMode(allow_non_fake_inputs=True)
         self._scope: list[tuple[str, int]] = [("", 0)]

@@ -197,7 +197,12 @@ def example_call(module: nn.Module, inputs: JSON, mode: FakeTensorMode) -> tuple
 def _capture(module: nn.Module, inputs: JSON, leaf: Literal["nn", "children"], expand: Collection[str]) -> Graph:
     call = example_call(module, inputs, FakeTensorMode(allow_non_fake_inputs=True))
     with _buffers_on_meta(module):
-        return trace(module, call, leaf=leaf, expand=expand)
+        graph = trace(module, call, leaf=leaf, expand=expand)
+        if not graph.guards:
+            return graph
+        # A forward that is written anew should serve other sizes, which int() of one hides from the graph.
+        other = trace(module, call, leaf=leaf, expand=expand, symbolic_int=True)
+        return other if len(other.guards) < len(graph.guards) else graph
 
 
 @contextmanager
