@@ -28,6 +28,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", choices=sorted(SETTINGS), default="digits")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: 3)")
     parser.add_argument("--only", default="", help="only conditions with this in their name")
+    parser.add_argument(
+        "--remeasure",
+        action="store_true",
+        help="only measure sizes and times of finished runs anew (on an idle machine)",
+    )
     parser.add_argument("--steps", type=int, help="steps of both stages, for a quick look")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the tables")
     parser.add_argument("--cache", type=Path, default=HERE / "cache", help="folder for trained dense models")
@@ -42,7 +47,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.steps:
         setting = setting.shortened(options.steps)
     try:
-        table = runner.run(setting, options.table, options.seeds, options.out, options.cache, options.only)
+        if options.remeasure:
+            table = runner.remeasure(setting, options.table, options.out, options.cache)
+        else:
+            table = runner.run(setting, options.table, options.seeds, options.out, options.cache, options.only)
     except KeyboardInterrupt:
         print("interrupted: finished runs are kept; the same command goes on", file=sys.stderr)
         return 130

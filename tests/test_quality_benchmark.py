@@ -27,10 +27,17 @@ def test_a_table_runs_and_is_resumed(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (tmp_path / "quality_tokens_digits.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert printed.count("50 % of the tokens") == 1
+    assert quality.main([*command, "--remeasure"]) == 0
+    again = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    assert again != runs
+    kept = {"loss", "loss_by_bucket", "frechet_pca", "steps"}
+    assert all(again[n]["0"][key] == runs[n]["0"][key] for n in runs for key in kept)
     heads = [part if part != "tokens" else "heads" for part in command]
     assert quality.main([*heads, "--only", "dense"]) == 0
     shared = json.loads((tmp_path / "quality_heads_digits.json").read_text(encoding="utf-8"))["runs"]
-    assert shared == first  # to the last digit of its measured time: taken from the other table
+    assert (
+        shared["dense, trained further"] == again["dense, trained further"]
+    )  # to the last digit of its measured time: taken from the other table
     assert quality.main([]) == 0
     assert "tokens:" in capsys.readouterr().out
 

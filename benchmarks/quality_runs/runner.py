@@ -90,6 +90,21 @@ def run(setting: Setting, name: str, seeds: int, results: Path, cache: Path, onl
     return table
 
 
+def remeasure(setting: Setting, name: str, results: Path, cache: Path) -> Table:
+    """Measure sizes and times of the finished runs of a table anew, on models that are built but not trained."""
+    table = Table(results / f"quality_{name}_{setting.name}.json", setting, name)
+    for seed in sorted({int(seed) for runs in table.runs.values() for seed in runs}):
+        data = setting.data(seed)
+        judge = Judge(setting, data, seed)
+        start = Start(dense_model(setting, data, seed, cache), data, seed)
+        for condition in TABLES[name](setting):
+            if table.done(condition, seed):
+                model = condition.build(start)
+                new = {**_size(model, start.dense), **judge.time_ratio(model, start.dense)}
+                table.add(condition, seed, table.runs[condition.name][str(seed)] | new)
+    return table
+
+
 def dense_model(setting: Setting, data: Digits, seed: int, cache: Path) -> DiT:
     """Return the trained dense model, from the cache if it is there."""
     config = Config(seed=seed, model=setting.model, dense=setting.dense)
