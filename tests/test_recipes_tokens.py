@@ -16,6 +16,7 @@ from moefx.ops import group
 from moefx.passes.rewrite.mixture_of_depths import MixtureOfDepthsOptions
 from moefx.routing import budget_loss
 from moefx.training import step_schedules
+from tests import recipe_support
 
 T, D = 16, 32
 
@@ -154,6 +155,12 @@ def test_dydit_tokens() -> None:
         torch.testing.assert_close(block(x, c), plain(x), rtol=1e-10, atol=1e-10)
     both = block(x[:1], c[:1])
     torch.testing.assert_close(both, block(x, c)[:1], rtol=1e-10, atol=1e-10)
+
+
+def test_dydit_tokens_where_the_stream_is_cast_after_the_network_ran() -> None:
+    model = recipe_support.realised("dydit-tokens", recipe_support.WAN, verify=False)
+    recipe_support.check_runs(model, recipe_support.WAN)
+    recipe_support.check_equal(model, recipe_support.WAN)
 
 
 def test_tokens_that_are_off_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:

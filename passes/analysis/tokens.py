@@ -280,7 +280,10 @@ class _Finder:
             if node.op == "call_module" and node.target == name and self._grown.get(node) == (1,):
                 residual = streams.residual(node, node.all_input_nodes[0])
                 if residual is not None and (shape(node) or ())[1] == self.tokens:
-                    found.append(Branch(node.name, name, residual.stream.name))
+                    stream = residual.stream
+                    if self.nodes.index(stream) > self.nodes.index(node):  # a cast, made where the branch is added
+                        stream = self.flow.uncast(stream)
+                    found.append(Branch(node.name, name, stream.name))
         return found
 
 
