@@ -5,16 +5,20 @@ Shapes: ``B`` batch, ``N`` tokens of a sample, ``D`` width, ``H`` heads, ``E`` e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _gpu_cases import BACKWARD, NotHere
 from _gpu_peers import rehearsal_options
 from torch import Tensor, nn
 
 from moefx import ops
+
+Makers = dict[str, Callable[[], Callable[[], Any]]]
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,13 @@ class BlockShape:
     hidden: int
     experts: int
     slots: int
+
+    def flops(self, direction: str) -> float:
+        """Useful operations of a block, dense or routed: projections, attention, FFN; three times that in training."""
+        rows = self.batch * self.tokens
+        products = 4 * self.width**2 + 2 * self.width * self.hidden * self.slots + 2 * self.tokens * self.width
+        forward = 2.0 * rows * products + 12.0 * self.batch * self.width**2
+        return forward * (3 if direction == BACKWARD else 1)
 
 
 BLOCKS = (
@@ -112,30 +123,29 @@ class Model(nn.Module):
         return x
 
 
-def model_calls(
-    shape: BlockShape, depth: int, device: torch.device, dtype: torch.dtype, quick: bool, train: bool
-) -> dict[str, Callable[[], Any]]:
-    """Return one step of a dense and of routed models, each compiled as its users would."""
+def model_makers(
+    shape: BlockShape, depth: int, device: torch.device, dtype: torch.dtype, quick: bool, direction: str
+) -> Makers:
+    """Return what makes one step of a dense and of routed models, each compiled as its users would."""
     torch.manual_seed(0)
     torch.compiler.reset()
-    ways: dict[str, tuple[Any, dict[str, Any]]] = {
-        "dense, inductor": (DenseFFN, {"backend": "eager" if quick else "inductor"}),
-        "routed, moefx": (RoutedFFN, {"backend": "moefx", "options": rehearsal_options() if quick else None}),
-        "routed, inductor": (RoutedFFN, {"backend": "eager" if quick else "inductor"}),
+    train = direction == BACKWARD
+    ways = {
+        "dense, inductor": (DenseFFN, "inductor"),
+        "routed, moefx": (RoutedFFN, "moefx"),
+        "routed, inductor": (RoutedFFN, "inductor"),
     }
     x = torch.randn(shape.batch, shape.tokens, shape.width, device=device, dtype=dtype)
     c = torch.randn(shape.batch, shape.width, device=device, dtype=dtype)
-    calls: dict[str, Callable[[], Any]] = {}
-    for name, (ffn, options) in ways.items():
+
+    def make(ffn: Any, backend: str) -> Callable[[], Any]:
         model = Model(shape, ffn, depth).to(device, dtype).train(train).requires_grad_(train)
-        compiled = torch.compile(model, fullgraph=True, dynamic=False, **options)
-        calls[name] = _step(compiled, list(model.parameters()), x, c, train)
-    return calls
+        return _step(_compiled(model, backend, quick), list(model.parameters()), x, c, train)
+
+    return {name: partial(make, *way) for name, way in ways.items()}
 
 
-def share_calls(
-    shape: BlockShape, device: torch.device, dtype: torch.dtype, quick: bool
-) -> dict[str, Callable[[], Any]]:
+def share_makers(shape: BlockShape, device: torch.device, dtype: torch.dtype, quick: bool) -> Makers:
     """Return a routed layer, its products alone, and its router with the grouping alone, by kernels and by Inductor.
 
     What the layer takes beyond its products is router, grouping and combine; the products make their row tiles, which
@@ -154,19 +164,25 @@ def share_calls(
     def products(x: Tensor) -> Tensor:
         return layer.products(x.flatten(0, 1), order, offsets)
 
-    ours: dict[str, Any] = {"backend": "moefx", "options": rehearsal_options() if quick else None}
-    peer = {"backend": "eager" if quick else "inductor"}
     ways = {
-        "layer": (layer, ours),
-        "products": (products, ours),
-        "router and grouping": (grouped, ours),
-        "router and grouping, inductor": (grouped, peer),
+        "layer": (layer, "moefx"),
+        "products": (products, "moefx"),
+        "router and grouping": (grouped, "moefx"),
+        "router and grouping, inductor": (grouped, "inductor"),
     }
-    calls: dict[str, Callable[[], Any]] = {}
-    for name, (function, options) in ways.items():
-        compiled = torch.compile(function, fullgraph=True, dynamic=False, **options)
-        calls[name] = _without_gradients(compiled, x)
-    return calls
+
+    def make(function: Any, backend: str) -> Callable[[], Any]:
+        return _without_gradients(_compiled(function, backend, quick), x)
+
+    return {name: partial(make, *way) for name, way in ways.items()}
+
+
+def _compiled(function: Any, backend: str, quick: bool) -> Any:
+    """Return what is timed; a rehearsal leaves out Inductor, which takes seconds for each."""
+    if quick and backend == "inductor":
+        return function
+    options = rehearsal_options() if quick else None
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=backend, options=options)
 
 
 def _without_gradients(function: Any, x: Tensor) -> Callable[[], Any]:
@@ -198,39 +214,77 @@ class HeadShape:
     heads: int
     width: int
 
+    def flops(self, direction: str) -> float:
+        """Useful operations where half of the heads are computed; the gradient has five products for the two."""
+        forward = 2.0 * self.batch * self.tokens**2 * self.heads * self.width
+        return forward * (3.5 if direction == BACKWARD else 1.0)
 
-HEADS = (HeadShape("FLUX heads, 4608 tokens", 1, 4608, 24, 128), HeadShape("DiT heads, 1024 tokens", 8, 1024, 16, 72))
+
+HEADS = (
+    HeadShape("FLUX heads, 4608 tokens", 1, 4608, 24, 128),
+    HeadShape("SD3 heads, 4250 tokens", 4, 4250, 24, 64),
+    HeadShape("DiT heads, 1024 tokens", 8, 1024, 16, 72),
+)
 QUICK_HEADS = (HeadShape("toy heads", 1, 17, 2, 8),)
 
 
-def head_calls(shape: HeadShape, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+def head_makers(shape: HeadShape, device: torch.device, dtype: torch.dtype, quick: bool, direction: str) -> Makers:
     """Return dense attention, and attention for the chosen (query, head) pairs alone where something computes it."""
     torch.manual_seed(0)
+    torch.compiler.reset()
+    train = direction == BACKWARD
     sizes = (shape.batch, shape.heads, shape.tokens, shape.width)
-    q, k, v = (torch.randn(sizes, device=device, dtype=dtype) for _ in range(3))
-    calls: dict[str, Callable[[], Any]] = {"SDPA, all heads": lambda: F.scaled_dot_product_attention(q, k, v)}
-    chosen = torch.rand(shape.batch, shape.tokens, shape.heads, device=device).topk(shape.heads // 2, -1).indices
+    q, k, v = (torch.randn(sizes, device=device, dtype=dtype, requires_grad=train) for _ in range(3))
+    chosen = torch.rand(shape.batch, shape.tokens, shape.heads, device=device).topk(-(-shape.heads // 2), -1).indices
     gates = torch.zeros(shape.batch, shape.tokens, shape.heads, device=device).scatter_(-1, chosen, 1.0)
-    if hasattr(ops, "head_attention"):
-        of_tokens = [t.transpose(1, 2).contiguous() for t in (q, k, v)]
-        calls["moefx, half of the heads"] = lambda: ops.head_attention(*of_tokens, gates)
-    packed = _packed(q, k, v, gates)
-    if packed is not None and device.type == "cuda":
-        calls["varlen_attn, heads as batch"] = packed
-    return calls
+
+    def dense() -> Callable[[], Any]:
+        return _with_gradients(lambda: F.scaled_dot_product_attention(q, k, v), (q, k, v), train)
+
+    def ours() -> Callable[[], Any]:
+        leaves = [t.detach().transpose(1, 2).contiguous().requires_grad_(train) for t in (q, k, v)]
+        attend = _compiled(ops.head_attention, "moefx", quick)
+        return _with_gradients(lambda: attend(*leaves, gates), leaves, train)
+
+    def packed() -> Callable[[], Any]:
+        return _with_gradients(_packed(q, k, v, gates), (q, k, v), train)
+
+    return {
+        "SDPA, all heads": dense,
+        "moefx, half of the heads": ours,
+        "varlen_attn, heads as batch": packed,
+    }
 
 
-def _packed(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Callable[[], Any] | None:
-    """Return attention over packed queries, one sequence for each (sample, head), if torch has it."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
+def _with_gradients(run: Callable[[], Tensor], leaves: Sequence[Tensor], train: bool) -> Callable[[], Any]:
+    def call() -> Any:
+        if not train:
+            with torch.no_grad():
+                return run()
+        out = run()
+        return torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    return call
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Callable[[], Tensor]:
+    """Return attention over packed queries, one sequence for each (sample, head), if torch has it for the device.
+
+    Raises :class:`NotHere` if it does not.
+    """
+    if q.device.type != "cuda":
+        raise NotHere
+    from torch.nn.attention.varlen import varlen_attn
+
     batch, heads, tokens, width = q.shape
     wanted = gates.permute(0, 2, 1).flatten(0, 1) > 0  # [B H, N]
     rows = wanted.flatten().nonzero().squeeze(1)
     starts_q = F.pad(wanted.sum(1).cumsum(0), (1, 0)).to(torch.int32)
     starts_k = torch.arange(batch * heads + 1, device=q.device, dtype=torch.int32) * tokens
-    keys, values = (t.reshape(-1, 1, width) for t in (k, v))
-    flat = q.reshape(-1, 1, width)
-    return lambda: varlen_attn(flat[rows], keys, values, starts_q, starts_k, tokens, tokens)
+
+    def run() -> Tensor:
+        flat, keys, values = (t.reshape(-1, 1, width) for t in (q, k, v))
+        out: Tensor = varlen_attn(flat[rows], keys, values, starts_q, starts_k, tokens, tokens)
+        return out
+
+    return run

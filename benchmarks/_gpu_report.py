@@ -34,8 +34,16 @@ FFN_COLUMNS = [
     ("moefx speed-up", "speedup", 2), ("launches", "launches", 0), ("peak MB", "peak_mb", 1),
     ("first call s", "first_call_s", 1), ("tuning s", "tuning_s", 1),
 ]  # fmt: skip
-STEP_COLUMNS = [("implementation", "implementation", 0), ("us", "us", 1), ("again", "us_again", 1),
-                ("over the first", "over_first", 2), ("first call s", "first_call_s", 1)]  # fmt: skip
+STEP_COLUMNS = [
+    ("implementation", "implementation", 0), ("us", "us", 1), ("again", "us_again", 1),
+    ("over the first", "over_first", 2), ("% of floor", "floor_percent", 0), ("launches", "launches", 0),
+    ("peak MB", "peak_mb", 1), ("first call s", "first_call_s", 1), ("tuning s", "tuning_s", 1),
+]  # fmt: skip
+SCHEDULE_COLUMNS = [
+    ("schedule", "schedule", 0), ("us", "us", 1), ("again", "us_again", 1), ("model us", "model_us", 1),
+    ("% of floor", "floor_percent", 0), ("registers", "registers", 0), ("disassembled", "read_registers", 0),
+    ("spills", "spills", 0), ("disassembled", "read_spills", 0),
+]  # fmt: skip
 
 
 def grouped(rows: list[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
@@ -86,15 +94,33 @@ def document(result: dict[str, Any]) -> str:
         parts += ["", "A rehearsal: the sizes are toys and the times mean nothing."]
     parts += ["", "## Correctness", "", table(result["errors"], [("implementation", "implementation", 0),
               ("problem", "problem", 0), ("relative error", "error_text", 0)])]  # fmt: skip
-    parts += ["", "## Summary", "", summary(result["ffn"])]
+    parts += ["", "## Summary", "", summary(result["ffn"]), "", *_calibration(result["calibration"])]
+    for (kernel, load, bound), same in grouped(result["schedules"], "kernel", "load", "bound").items():
+        parts += ["", f"## Forms of {kernel}, {load} rows per expert, {bound}-bound", "", table(same, SCHEDULE_COLUMNS)]
     for key, same in grouped(result["ffn"], "shape", "routing", "direction", "mode").items():
         floor = f"floor {same[0]['floor_us']:.1f} us, {same[0]['bound']}-bound"
         parts += ["", f"## {', '.join(key)}", "", floor, "", table(same, FFN_COLUMNS)]
-    for (shape, direction), same in grouped(result["steps"], "shape", "direction").items():
-        parts += ["", f"## {shape}, {direction}", "", table(same, STEP_COLUMNS)]
+    for key, same in grouped(result["steps"], "shape", "direction", "mode").items():
+        parts += ["", f"## {', '.join(key)}", "", *_share(same), table(same, STEP_COLUMNS)]
     if result["left_out"]:
         parts += ["", "## Left out", "", *(f"- {line}" for line in result["left_out"])]
     return "\n".join(parts) + "\n"
+
+
+def _calibration(found: dict[str, Any]) -> list[str]:
+    if not found:
+        return []
+    changes = [f"{name} {found['before'][name]:.3g} to {value:.3g}" for name, value in found["after"].items()]
+    return [f"Cost model of {found['target']}, fitted here: {', '.join(changes)}."]
+
+
+def _share(rows: list[Row]) -> list[str]:
+    """Return what a layer takes beyond its products, where both were timed."""
+    times = {row["implementation"]: row["us"] for row in rows}
+    if not {"layer", "products"} <= set(times):
+        return []
+    share = 100 * (1 - times["products"] / times["layer"])
+    return [f"Router, grouping and combine: {share:.1f} % of the layer.", ""]
 
 
 def write(result: dict[str, Any], folder: Path) -> list[Path]:

@@ -274,9 +274,13 @@ class DeviceTimer(Timer):
         return pruned
 
     def __call__(self, schedule: Schedule) -> float:
-        """Return the median seconds of one call.
+        """Return the median seconds of one call."""
+        return self.clock(self.ready(schedule))
 
-        Raises :class:`ArithmeticError` if the result is not what torch computes.
+    def ready(self, schedule: Schedule) -> Callable[[], Any]:
+        """Return the launch of a schedule, after a first one whose results were compared.
+
+        Raises :class:`ArithmeticError` if they are not what torch computes.
         """
         from moefx.codegen.emit import emit
 
@@ -286,7 +290,7 @@ class DeviceTimer(Timer):
         error = self.trial.error()
         if not error < _TOLERANCE:
             raise ArithmeticError(f"relative error {error:.1e} against torch")
-        return self.clock(lambda: launch(*arguments))
+        return lambda: launch(*arguments)
 
 
 def median_s(call: Callable[[], Any]) -> float:

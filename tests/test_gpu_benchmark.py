@@ -58,15 +58,27 @@ def test_the_whole_benchmark_runs(tmp_path: Path) -> None:
     result = rehearse(tmp_path / "out", tmp_path / "cache", "--peers", str(peers), **on)
     names = {row["implementation"] for row in result["ffn"]}
     assert {"moefx", "moefx eager", "dense, equal FLOPs", "sorted loop", "padded bmm", "grouped_mm"} <= names
+    assert {"dense, equal tokens", "HiDream's loop"} <= names
     assert not {"wrong", "absent"} & names, "what fails the comparison is not timed"
     assert any(line.startswith("wrong: relative error") for line in result["left_out"])
     assert any(line.startswith("absent: ModuleNotFoundError") for line in result["left_out"])
     assert all(row["us"] > 0 and row["us_again"] > 0 and row["floor_us"] > 0 for row in result["ffn"])
-    assert {row["direction"] for row in result["ffn"]} == {"forward", "forward + backward"}
-    assert {row["routing"] for row in result["ffn"]} == {"balanced", "skewed", "all to one"}
+    assert all(row["first_call_s"] > 0 and "launches" in row and "peak_mb" in row for row in result["ffn"])
+    assert {row["direction"] for row in result["ffn"]} == {"forward", "training forward", "forward + backward"}
+    assert {row["routing"] for row in result["ffn"]} == {"balanced", "skewed", "all to one", "recorded"}
+    assert {row["implementation"] for row in result["ffn"] if "gated" in row["shape"]} >= names - {"HiDream's loop"}
     assert {row["implementation"] for row in result["steps"]} >= {"dense, inductor", "routed, moefx", "SDPA, all heads"}
+    assert all(row["us_again"] > 0 and "launches" in row and "peak_mb" in row for row in result["steps"])
+    heads = [row["direction"] for row in result["steps"] if row["implementation"] == "moefx, half of the heads"]
+    assert heads == ["forward", "forward + backward"]
     parts = [row["implementation"] for row in result["steps"] if row["shape"].startswith("parts of the FFN")]
     assert parts == ["layer", "products", "router and grouping", "router and grouping, inductor"]
+    assert all(row["floor_percent"] > 0 for row in result["steps"] if row["shape"] == "toy block")
+    assert "Router, grouping and combine:" in (tmp_path / "out" / "gpu.md").read_text()
+    assert any(line.startswith("calibration:") for line in result["left_out"]), "there is no device to fit to"
+    if on:
+        assert result["schedules"], "the forms of a kernel are run as well"
+        assert all(row["us_again"] > 0 and row["model_us"] > 0 for row in result["schedules"])
     assert max(row["error"] for row in result["errors"] if row["implementation"].startswith("moefx")) < 1e-4
     assert "rehearsal" in (tmp_path / "out" / "gpu.md").read_text()
 
@@ -89,8 +101,8 @@ def test_floors_are_those_of_the_roofline(
     cases = load("_gpu_cases")
     shape = cases.Shape("DiT-XL/2", tokens, 1152, 4608, experts, slots)
     found = cases.Ceilings(790e12, 4.3e12)
-    forward = found.floor_s(shape, False) * 1e6
-    backward = found.floor_s(shape, True) * 1e6 - forward
+    forward = found.floor_s(shape, "forward") * 1e6
+    backward = found.floor_s(shape, "forward + backward") * 1e6 - forward
     assert forward == pytest.approx(floors[0], rel=0.05)
     assert backward == pytest.approx(floors[1], rel=0.15)
 
@@ -101,6 +113,7 @@ def test_routings_are_what_they_are_called(load: Any) -> None:
     drawn = {routing: cases.draw_experts(shape, routing, torch.device("cpu")) for routing in cases.ROUTINGS}
     counts = {routing: torch.bincount(chosen.flatten(), minlength=8) for routing, chosen in drawn.items()}
     assert counts["balanced"].unique().tolist() == [128]
+    assert int(counts["recorded"].min()) < 0.2 * int(counts["recorded"].max())
     assert counts["all to one"].tolist() == [512, 512, 0, 0, 0, 0, 0, 0]
     assert int(counts["skewed"].max()) > 3 * int(counts["skewed"].min())
     assert bool((drawn["skewed"][:, 0] != drawn["skewed"][:, 1]).all())
