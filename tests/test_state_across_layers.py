@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -162,7 +163,7 @@ def test_the_first_layer_has_no_residual_and_the_option_leaves_all_out() -> None
     assert plan.cost.parameters_after == sum(p.numel() for p in routed.parameters())
 
 
-CASES = [(name, "recurrent") for name in (UNET, WAN, PIXART)] + [(SD3, "residual"), (FLUX, "shared")]
+CASES = [(name, "recurrent") for name in (UNET, FLUX, PIXART)] + [(SD3, "residual"), (WAN, "shared")]
 
 
 @pytest.mark.parametrize(("name", "state"), CASES)
@@ -181,13 +182,34 @@ def test_models_carry_the_state(name: str, state: str) -> None:
     assert error(call(model, inputs(name)), call(dense(name), inputs(name))) == 0
 
 
+@pytest.mark.parametrize("state", ["residual", "shared"])
+def test_the_state_passes_from_two_streams_to_one(state: str) -> None:
+    """FLUX's single blocks see text and image in one sequence, and go on from the states of both."""
+    model = realised("sparse-upcycling", FLUX, experts=4, state=state, verify=False)
+    first = next(s for s in model.moefx.report.plan.sites if s.name.startswith("single_transformer_blocks.0"))
+    assert first.layer == len(model.transformer_blocks)
+    seen: dict[str, tuple[Any, Tensor]] = {}
+    for path, layer in layers(model).items():
+        layer.register_forward_hook(lambda _, a, y, path=path: seen.update({path: (a[-1], y[1])}))
+    call(model, inputs(FLUX))
+    single = next(path for path in seen if path.startswith("single_transformer_blocks.0"))
+    last = f"transformer_blocks.{len(model.transformer_blocks) - 1}."
+    words, image = (seen[last + name][1] for name in ("ff_context", "ff"))
+    assert torch.equal(seen[single][0], torch.cat((words, image), dim=1))
+    if state == "residual":
+        assert any("w_residual" in name for name, _ in model.get_submodule(single).named_parameters())
+    check_equal(model, FLUX)
+
+
 def _states_arrive(model: nn.Module, name: str) -> int:
-    """Return how many layers get as state what a layer before returned."""
+    """Return how many layers get as state what a layer before returned, or two of them for text and image together."""
     returned: list[Tensor] = []
     arrived: list[bool] = []
 
     def look(_: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        arrived.append(any(args[-1] is one for one in returned))
+        joined = (torch.cat(pair, dim=1) for pair in itertools.permutations(returned[-2:], 2))
+        both = args[-1] is not None and any(torch.equal(args[-1], one) for one in joined)
+        arrived.append(both or any(args[-1] is one for one in returned))
         assert (args[-1] is None) or arrived[-1]
         returned.append(output[1])
 

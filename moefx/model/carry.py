@@ -23,6 +23,7 @@ from moefx.model.plan import CarriedPlan, CarrierPlan, SitePlan, TapPlan
 from moefx.model.taps import choose_tap
 from moefx.passes.analysis import Facts
 from moefx.passes.analysis.site import Site
+from moefx.passes.calibration.modality import text_tokens
 from moefx.passes.rewrite.base import Pass
 
 # The other taps belong to the block itself.
@@ -113,7 +114,8 @@ class Carrying:
         """Let each router of one stream know the state of the one before; return the sites, numbered.
 
         Layers follow each other if they belong to the same stream and see as many tokens: in a U-net those of one
-        resolution, in FLUX those of the image, of the text, and of the single blocks.
+        resolution, in FLUX those of the image, and of the text. Where later layers see the tokens of both, as FLUX's
+        single blocks do, their state begins as that of the image and of the text, put together like the tokens.
 
         Raises:
             PlanError: a module on the way cannot hand it on.
@@ -125,23 +127,56 @@ class Carrying:
                 raise _cannot(rule, f"{plan.name} is called {plan.calls} times in one forward")
             lanes.setdefault((site.role, *_positions(site)), []).append((site, plan))
         made = []
-        for lane in lanes.values():
+        known: dict[Any, tuple[CarriedPlan, list[tuple[Site, SitePlan]]]] = {}
+        for key, lane in lanes.items():
             blocks = tuple(dict.fromkeys(plan.block or "" for _, plan in lane))
             try:
-                name = self._lane(blocks, [*_positions(lane[0][0]), rule.state_width])
+                value = self._lane(blocks, [*_positions(lane[0][0]), rule.state_width])
             except (CaptureError, PlanError) as error:
                 raise _cannot(rule, error.found) from error
-            for i, (site, plan) in enumerate(lane):
+            value, first = self._merged(value, lane, known, order)
+            known[key] = value, lane
+            for i, (site, plan) in enumerate(lane, first):
                 parameters, active = rule.state_costs(site, i, sum(tap.width for tap in plan.taps if tap.rank > 1))
                 after = {
                     "parameters_after": plan.parameters_after + parameters,
                     "active_after": plan.active_after + active,
                 }
-                made.append(plan.model_copy(update={"state": name, "layer": i, "layers": len(lane), **after}))
+                layers = first + len(lane)
+                made.append(plan.model_copy(update={"state": value.name, "layer": i, "layers": layers, **after}))
         return made
 
-    def _lane(self, blocks: tuple[str, ...], shape: list[int]) -> str:
-        """Return the name of a state that passes through ``blocks``, below the smallest module around them all."""
+    def _merged(
+        self,
+        value: CarriedPlan,
+        lane: Sequence[tuple[Site, SitePlan]],
+        known: Mapping[Any, tuple[CarriedPlan, Sequence[tuple[Site, SitePlan]]]],
+        order: Mapping[Node, int],
+    ) -> tuple[CarriedPlan, int]:
+        """Let a state begin as those of the streams that were merged to its tokens, if they are at hand.
+
+        Returns:
+            The state, and how many layers of the main one of these came before.
+        """
+        site = lane[0][0]
+        span = text_tokens(self.facts, site)
+        if span is None:
+            return value, 0
+        batch, total = _positions(site)
+        text = span[1] - span[0]
+        found = [known.get(key) for key in (("context", batch, text), (site.role, batch, total - text))]
+        before = [pair for pair in found if pair is not None]
+        late = any(order[s.output] > order[site.output] for _, layers in before for s, _ in layers)
+        if len(before) < 2 or late or any(v.source != value.source for v, _ in before):
+            return value, 0
+        (words, _), (main, layers) = before
+        names = (words.name, main.name) if span[0] == 0 else (main.name, words.name)
+        begun = value.model_copy(update={"begins": names, "like": main.name})
+        self.values[self.values.index(value)] = begun
+        return begun, len(layers)
+
+    def _lane(self, blocks: tuple[str, ...], shape: list[int]) -> CarriedPlan:
+        """Return a state that passes through ``blocks``, below the smallest module around them all."""
         around = [{block, *self.enclosing(block)} for block in blocks]
         source = max(set.intersection(*around), key=len)
         for block in blocks:
@@ -151,7 +186,7 @@ class Carrying:
         name = self._free_name("state", source, [path for b in blocks for path in (*self._between(source, b), b)])
         value = {"tensor": shape, "dtype": "float32"}
         self.values.append(CarriedPlan(name=name, source=source, value=value, blocks=blocks))
-        return name
+        return self.values[-1]
 
     def _argument(self, tap: str, source: str, node: Node, block: str) -> str:
         """Return the name of the argument that brings ``node`` of ``source`` to ``block``."""

@@ -35,7 +35,9 @@ class CarriedPlan(_Data):
     """A value that passes from module to module as the argument ``name``.
 
     It is the tap ``node`` in the forward of ``source``, or with ``node = ""`` a state that each of ``blocks`` takes
-    from the one before and returns beside its output; ``value`` says what tensor.
+    from the one before and returns beside its output; ``value`` says what tensor. Such a state begins as None, or where
+    streams are merged as those in ``begins``, in the order of their tokens; what its layers have in common, such as a
+    recurrent cell, they then have from ``like``, the main one of these.
     """
 
     name: str
@@ -43,6 +45,8 @@ class CarriedPlan(_Data):
     blocks: tuple[str, ...]
     value: JSON
     node: str = ""
+    begins: tuple[str, ...] = ()
+    like: str = ""
 
 
 class CarrierPlan(_Data):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 
@@ -16,7 +18,7 @@ from moefx.graph.splice import Splice
 from moefx.model.carry import asked_for, inside, passes
 from moefx.model.forward import received
 from moefx.model.local import JSON, decode, device_of
-from moefx.model.plan import Plan
+from moefx.model.plan import CarriedPlan, Plan
 
 _RULE = "carry"
 
@@ -26,7 +28,7 @@ class Wiring:
 
     Attributes:
         inputs: how each module that hands values on is called.
-        common: per state, what the layers that share it have in common.
+        common: per state, what the layers that share it, or one that begins with it, have in common.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -34,6 +36,9 @@ class Wiring:
         on_the_way = [c for c in plan.carriers if any(v.source == c.path or passes(v, c.path) for v in self.carried)]
         self.inputs: dict[str, JSON] = {carrier.path: carrier.inputs for carrier in on_the_way}
         self.common: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+        for value in self.carried:
+            if value.like:
+                self.common[value.name] = self.common[value.like]
 
     def enter(self, graph: Graph, path: str) -> dict[str, Node | None]:
         """Return the values that the forward of ``path`` has when it begins, or computes, as nodes of its graph.
@@ -69,9 +74,13 @@ class Wiring:
         """
         reached: set[tuple[str, str]] = set()
         values = dict(values)
+        begin = {v.name: v for v in self.carried if v.begins and v.source == path}
         for node in [n for n in graph.fx.nodes if n.op == "call_module"]:
             child = f"{path}.{node.target}".lstrip(".")
             through = [v for v in self.carried if v.name in values and passes(v, child)]
+            asked = [v.name for v in through] + [layers[name] for name in (str(node.target),) if name in layers]
+            for value in [begin.pop(name) for name in asked if name in begin]:
+                values[value.name] = _begun(graph, value, values)
             reached |= {(v.name, b) for v in through for b in v.blocks if b == child or inside(b, child)}
             if str(node.target) in layers:
                 state = layers[str(node.target)]
@@ -98,6 +107,23 @@ class Wiring:
                 found=f"the forward of {path or 'the model'} does not call what holds it: another pass wrote it out",
                 do="leave this site out of one of them with skip=",
             )
+
+
+def _begun(graph: Graph, value: CarriedPlan, values: Mapping[str, Node | None]) -> Node | None:
+    """Return a state that begins as others, in the order of their tokens; None if one of them is not there."""
+    parts = [values.get(name) for name in value.begins]
+    nodes = [part for part in parts if part is not None]
+    if len(nodes) < len(parts):
+        return None
+    order = {node: i for i, node in enumerate(graph.fx.nodes)}
+    last = max(nodes, key=order.__getitem__)
+    at = nodes.index(last)
+    return Splice(graph, _RULE).after(last, join_states, (at, *nodes[:at], *nodes[at + 1 :]))
+
+
+def join_states(last: Tensor, at: int, *others: Tensor) -> Tensor:
+    """Return states ``[B, T_i, W]`` as one ``[B, Σ T_i, W]``; ``last`` is number ``at`` of them."""
+    return torch.cat((*others[:at], last, *others[at:]), dim=1)
 
 
 def _unpack(graph: Graph, node: Node, read: Callable[..., Any], reads: list[tuple[Any, ...]]) -> list[Node]:
