@@ -79,17 +79,21 @@ def launches(module: Any, arguments: list[Any]) -> list[tuple[Any, dict[str, Any
     return found
 
 
-def _describe(value: Any, constant: bool) -> tuple[str, bool]:
-    """Return the Triton type of an argument, and whether it is a multiple of 16."""
+def _describe(value: Any, constant: bool) -> tuple[str, list[list[Any]] | None]:
+    """Return the Triton type of an argument and what is known of it: whether it is a multiple of 16, if that counts.
+
+    Spelt as Triton spells it when it compiles at a launch, so that a launch finds in its cache what is compiled here.
+    """
+    divisible, nothing = [["tt.divisibility", 16]], list[list[Any]]()
     if constant:
-        return "constexpr", False
+        return "constexpr", nothing
     if isinstance(value, StandIn):
-        return f"*{value.dtype.name}", True
+        return f"*{value.dtype.name}", divisible
     if isinstance(value, bool):
-        return "i1", False
+        return "u1", None
     if isinstance(value, int):
-        return "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
-    return "fp32", False
+        return "i32" if -(2**31) <= value < 2**31 else "i64", nothing if value % 16 else divisible
+    return "fp32", None
 
 
 def compile_launch(function: Any, named: dict[str, Any], options: dict[str, int], target: list[Any]) -> Any:
@@ -104,7 +108,7 @@ def compile_launch(function: Any, named: dict[str, Any], options: dict[str, int]
         function,
         {name: kind for name, (kind, _) in kinds.items()},
         constexprs={(index[name],): named[name] for name in kinds if constant[name]},
-        attrs={(index[name],): [["tt.divisibility", 16]] for name, (_, divisible) in kinds.items() if divisible},
+        attrs={(index[name],): known for name, (_, known) in kinds.items() if known is not None},
     )
     return compile(source, target=GPUTarget(*target), options=options)
 

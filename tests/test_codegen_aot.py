@@ -6,10 +6,12 @@ import dataclasses
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from moefx.codegen import CannotLower, CombineSpec, LinearSpec, Schedule, choose, target
+from moefx.codegen import CannotLower, CombineSpec, LinearSpec, Schedule, choose, emit, store, target, trials
 from moefx.codegen.aot import (
     MATRIX_INSTRUCTIONS,
     Compiled,
@@ -20,10 +22,12 @@ from moefx.codegen.aot import (
     compile_module,
     compile_within,
     job,
+    launch_job,
     tile_map_job,
 )
 from moefx.codegen.disassembly import read_gcn
 from moefx.codegen.schedule import ranked
+from moefx.codegen.tune import ShapeClass
 from tests.codegen_support import DEVICES, STANDARD, best, down_projection, needs_triton, up_projection
 
 pytestmark = needs_triton
@@ -113,6 +117,33 @@ def test_what_is_not_ready_in_time_is_stopped(tmp_path: Path, monkeypatch: pytes
     assert type(compile_within([one], 0.0)[0]) is NotInTime
     compiled = compile_module(one)
     assert compile_within([one], 0.0) == [compiled], "what is kept takes no time"
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+def test_a_launch_finds_what_was_compiled_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled in a child for the operands of a trial, then launched on them, up to the device that is not there."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    monkeypatch.setenv("MOEFX_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    spec, device = LinearSpec(40, 24, "bfloat16", True, True, 2), target("sm_90")
+    monkeypatch.setattr(trials.runtime, "tile_map", lambda *_: torch.zeros((3, 11), dtype=torch.int32))
+    trial = trials.trial_of(ShapeClass(spec, device, "d", 4, 8, 16), torch.device("cpu"))
+    schedule = Schedule(16, 32, 16, 4, 2, parts=2)
+    (ahead,) = compile_within([launch_job(spec, schedule, trial.arguments(schedule), device)], 60)
+    assert isinstance(ahead, Compiled), ahead
+    before = set((tmp_path / "triton").iterdir())
+    assert len(before) >= 2, "the products and their sum"
+
+    driver = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda _: 0)
+    driver.get_current_target = lambda: GPUTarget("cuda", 90, 32)
+    run = JITFunction.run
+    monkeypatch.setattr(JITFunction, "run", lambda self, *a, **k: run(self, *a, **(k | {"warmup": True})))
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    store.load(emit(spec, schedule), spec.name).launch(*trial.arguments(schedule))
+    assert set((tmp_path / "triton").iterdir()) == before
 
 
 @pytest.mark.parametrize("width", [100, 1150])
