@@ -16,7 +16,7 @@ PAGE = (ROOT / "docs" / "routing.md").read_text()
 
 def test_the_code_runs_from_top_to_bottom(capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     names: dict[str, object] = {"__name__": "page"}
     for i, block in enumerate(blocks):
         exec(compile(block, f"docs/routing.md, block {i + 1}", "exec"), names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import sys
@@ -190,8 +191,8 @@ def _shadow_int(undo: list[Callable[[], None]], active: Callable[[], bool], trac
     shadow = Shadow("int", (), {})
     for file in _own_files(tracer.root):
         if not isinstance(file, type) and "int" not in vars(file):
-            undo.append(lambda file=file: vars(file).pop("int"))  # type: ignore[misc]
-            vars(file)["int"] = shadow
+            undo.append(functools.partial(delattr, file, "int"))
+            setattr(file, "int", shadow)  # noqa: B010 - a module has no such name to mypy
 
 
 def _patch_autocast(replace: Callable[..., None], active: Callable[[], bool], tracer: GuidedTracer) -> None:
