@@ -13,7 +13,7 @@ export MPLBACKEND := Agg
 export PYTHONNOUSERSITE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint types imports suite coverage smoke format goldens bench wheel clean distclean
+.PHONY: help env demo test lint types imports suite long coverage smoke format goldens bench wheel clean distclean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ imports: env ## import contracts: who may import whom
 
 suite: env ## the test-suite (ARGS="-k name" for a part)
 	$(RUN) pytest -n $(WORKERS) $(ARGS)
+
+long: env ## every recipe on every tiny denoiser, each exported and compiled whole, before a release
+	MOEFX_LONG=1 $(RUN) pytest -n $(WORKERS) tests/test_recipe_contract.py $(ARGS)
 
 coverage: env ## the test-suite with coverage, which takes longer
 	$(RUN) pytest -n $(WORKERS) --cov --cov-report=term:skip-covered $(ARGS)

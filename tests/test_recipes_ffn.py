@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,14 +49,9 @@ def test_on_models(recipe: str, name: str) -> None:
         support.check_learns(model, name, training=training, routers=recipe != "diffmoe" or training)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("recipe", SMALL)
-def test_saved_compiled_and_alone_in_its_batch(recipe: str, tmp_path: Path) -> None:
-    model = realised(recipe, DIT)
-    support.check_saves(model, DIT, tmp_path)
-    support.check_compiles(model, DIT)
-    if get_recipe(recipe).choices.batch_invariant:
-        support.check_batch_invariant(model, DIT)
+def test_a_layer_compiles_once(recipe: str) -> None:
+    support.check_compiles(realised(recipe, DIT), DIT)
 
 
 def routes_ffns(name: str) -> bool:
