@@ -21,6 +21,7 @@ from moefx.codegen.regions import RegionFinder
 from moefx.codegen.replacing import replace
 from moefx.codegen.router_lowering import RouterLowering, feeds_routing, is_choice, lower_group, lower_router
 from moefx.codegen.token_lowering import is_tokens, lower_tokens
+from moefx.codegen.unlowered import given_experts, silent_layers
 
 if TYPE_CHECKING:
     from moefx.codegen.attention import HeadLowering
@@ -31,11 +32,13 @@ __all__ = ["Found", "Lowering", "Refusal", "describe", "lowerings", "replace"]
 def lowerings(graph: Any) -> list[Found]:
     """Return every routed region, attention of routed heads, gather and scatter of tokens, in execution order.
 
-    ``graph`` is a :class:`torch.fx.GraphModule` (dynamo, export) or a traced graph with ``fx`` and ``root``.
+    In a traced model, which knows its modules, routed layers without any of these follow with a reason.  ``graph`` is a
+    :class:`torch.fx.GraphModule` (dynamo, export) or a traced graph with ``fx`` and ``root``.
     """
     is_module = isinstance(graph, fx.GraphModule)
-    finder = _Finder(graph.graph if is_module else graph.fx, graph if is_module else graph.root)
-    return finder.find()
+    nodes, root = (graph.graph, graph) if is_module else (graph.fx, graph.root)
+    found = _Finder(nodes, root).find()
+    return found if is_module else [*found, *silent_layers(nodes, root, found)]
 
 
 class _Finder:
@@ -56,8 +59,11 @@ class _Finder:
                 kind = "grouping" if calls(node, "group") else "region"
                 one = Refusal(site_of(node), node, error.found or error.asked, kind)
             found += [] if one is None else [one]
-        routers = [item for node in self.graph.nodes if is_choice(node) for item in self.router(node)]
-        return sorted([*found, *routers], key=lambda item: self.position[anchor_of(item)])
+        found += [item for node in self.graph.nodes if is_choice(node) for item in self.router(node)]
+        for node in self.graph.nodes:
+            given = given_experts(node) if calls(node, "group") else None
+            found += [] if given is None else [Refusal(site_of(node), node, given, "router")]
+        return sorted(found, key=lambda item: self.position[anchor_of(item)])
 
     def choices(self) -> list[Found]:
         """Return the FFNs whose experts chose their tokens, first: other kernels would take parts of them."""
@@ -87,8 +93,10 @@ class _Finder:
         try:
             return [lower_router(node, self.value, site_of(node), self.root)]
         except CannotLower as error:
-            why = error.found or error.asked
-            return [Refusal(site_of(node), node, why, "router")] if feeds_routing(node) else []
+            fed = feeds_routing(node)
+            tokens = f"{node.name} ranks tokens against each other; a router's kernel holds the experts of one token"
+            why = tokens if fed == "tokens" else error.found or error.asked
+            return [Refusal(site_of(node), node, why, "router")] if fed else []
 
     def heads(self, node: fx.Node) -> HeadLowering:
         """Return the kernels of one attention of routed heads."""

@@ -19,13 +19,13 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
-from moefx.codegen.calls import calls, is_data
+from moefx.codegen.calls import calls, is_data, recorded
 from moefx.codegen.group_limit import cut, limited
 from moefx.codegen.kernels.grouping import MOST_EXPERTS, GroupingSpec
 from moefx.codegen.kernels.router import RouterGradSpec, RouterSpec
 from moefx.codegen.pointwise import Arg
 from moefx.codegen.reasons import CannotLower
-from moefx.codegen.row_reader import RowReader, last_axis
+from moefx.codegen.row_reader import SHAPED_LIKE, RowReader, last_axis
 from moefx.codegen.rows import Choice, RowProgram
 from moefx.codegen.spec import Kernel
 from moefx.codegen.tail import called, same
@@ -47,6 +47,8 @@ class RouterLowering:
     outputs: tuple[tuple[fx.Node, int], ...]
     #: What the kernel computes, in order.
     nodes: tuple[fx.Node, ...] = ()
+    #: Whether tokens are read as [T, D].
+    is_flat: bool = False
     what: ClassVar[str] = "router"
 
     @property
@@ -78,6 +80,7 @@ class RouterLowering:
         x, weight, *operands = self.inputs
         first = self.first_reader(graph)
         with graph.graph.inserting_before(first):
+            x = graph.graph.call_method("flatten", (x, 0, -2)) if self.is_flat else x
             call = graph.graph.call_function(
                 torch.ops.moefx.router.default, (x, weight, list(operands), register(spec))
             )
@@ -85,17 +88,30 @@ class RouterLowering:
             items = [graph.graph.call_function(operator.getitem, (call, place)) for _, place in pairs]
         for (node, _), item in zip(pairs, items, strict=True):
             item.meta = dict(node.meta)
-            node.replace_all_uses_with(item)
+            node.replace_all_uses_with(item, delete_user_cb=_reads)
+        self.shape_noise(graph.graph)
         for node in reversed((*self.nodes, self.index)):
             if not node.users:
                 graph.graph.erase_node(node)
+
+    def shape_noise(self, graph: fx.Graph) -> None:
+        """Let noise that was made in the shape of the scores take it from the tokens: there are no scores any more."""
+        x = self.inputs[0]
+        for node in (user for one in self.nodes for user in list(one.users) if called(user) in SHAPED_LIKE):
+            made = recorded(node)
+            with graph.inserting_before(node):
+                wide = graph.call_method("flatten", (x, 0, -2)) if self.is_flat else x
+                column = graph.call_method("narrow", (wide, -1, 0, 1))
+                shape = graph.call_method("expand", (column, *[-1] * (made.dim() - 1), self.spec.program.experts))
+            node.args, node.kwargs = (shape, *node.args[1:]), {**node.kwargs, "dtype": made.dtype}
 
     def first_reader(self, graph: fx.GraphModule) -> fx.Node:
         """Return the first node that reads what leaves the kernel, once all inputs stand before it."""
         position = {node: i for i, node in enumerate(graph.graph.nodes)}
         inside = {*self.nodes, self.index}
         made = [self.index, *(node for node, _ in self.outputs)]
-        first = min((u for n in made for u in n.users if u not in inside), key=position.__getitem__)
+        readers = (u for n in made for u in n.users if u not in inside and called(u) not in SHAPED_LIKE)
+        first = min(readers, key=position.__getitem__)
         for node in self.inputs:
             if position[node] > position[first]:
                 first.prepend(node)
@@ -142,19 +158,21 @@ def lower_group(node: fx.Node, name: str) -> GroupLowering:
     return GroupLowering(name, node, experts)
 
 
-def feeds_routing(choice: fx.Node) -> bool:
-    """Whether the numbers that a choice yields reach ``moefx::group``: then it is a router, whatever it looks like."""
+def feeds_routing(choice: fx.Node) -> str | None:
+    """Return what a choice routes, if the numbers that it yields reach an operator that does: experts or tokens."""
     seen, pending = {choice}, [choice]
     while pending:
         for user in pending.pop().users:
             if calls(user, "group"):
-                return True
-            made = user.meta.get("val", user.meta.get("example_value"))
-            moves = called(user) in ("getitem", "getattr")
+                return "experts"
+            if calls(user, "scatter") or called(user) in ("index_copy", "index_add"):
+                return "tokens"
+            made = recorded(user)
+            moves = called(user) in ("getitem", "getattr", "sort")
             if user not in seen and (moves or (isinstance(made, torch.Tensor) and made.dtype == torch.int64)):
                 seen.add(user)
                 pending.append(user)
-    return False
+    return None
 
 
 def is_choice(node: fx.Node) -> bool:
@@ -182,25 +200,42 @@ class _Router:
         #: Nodes between the choice and the chosen experts, and before it those that limit it to groups.
         self.between: list[fx.Node] = []
         found = limited(scores, value)
-        self.limit, self.limiting = (None, ()) if found is None else (found.limit, found.nodes)
+        self.limit = None if found is None else found.limit
+        self.limiting = () if found is None else found.nodes
         self.scores = scores if found is None else found.scores
+        #: The view of the linear map's rows as [T, E], if the router reads that.
+        self.flat: fx.Node | None = None
         self.root = self.linear()
-        self.reader = RowReader(self.root, value, self.leaf(self.root))
+        self.reader = RowReader(self.root, value, self.leaf(self.root), self.flat)
 
     def linear(self) -> fx.Node:
         """Return the nearest linear map above the scores whose result has their shape."""
         shape, seen, pending = self.value(self.scores).shape, set(), [self.scores]
         while pending:
             node = pending.pop(0)
-            linear = called(node) == "linear" or self.leaf(node) is not None
+            linear = self.is_linear(node)
             if linear and same(self.value(node).shape, shape):
                 return node
+            if self.flattens(node) and same(self.value(node).shape, shape):
+                self.flat = node
+                return node.all_input_nodes[0]
             new = [n for n in node.all_input_nodes if n not in seen and not linear]
             seen.update(new)
             pending += new
             if len(seen) > 64:
                 break
         raise CannotLower("lower a router", found=f"no linear map gives the scores of {self.choice.name}")
+
+    def is_linear(self, node: fx.Node) -> bool:
+        return called(node) == "linear" or self.leaf(node) is not None
+
+    def flattens(self, node: fx.Node) -> bool:
+        """Whether a node takes the rows of a linear map as [T, E], and is all that reads them."""
+        if called(node) not in ("reshape", "view", "flatten") or self.value(node).dim() != 2:
+            return False
+        source = node.all_input_nodes[0]
+        only = self.is_linear(source) and sum(map(is_data, source.users)) == 1
+        return only and same(self.value(source).shape[-1:], self.value(node).shape[-1:])
 
     def leaf(self, node: fx.Node) -> nn.Linear | None:
         """Return the linear module that a node calls, in graphs whose leaves are modules."""
@@ -247,7 +282,7 @@ class _Router:
         """Return what was read, with the outputs that others read."""
         reader = self.reader
         inside = {*reader.needed(self.scores), *self.limiting, *self.between, self.choice}
-        leaving = [n for n in inside if n in reader.env and any(u not in inside and is_data(u) for u in n.users)]
+        leaving = [n for n in inside if n in reader.env and any(u not in inside and _reads(u) for u in n.users)]
         if not leaving and not index.users:
             raise CannotLower("lower a router", found=f"nothing reads what {self.choice.name} chooses")
         leaving.sort(key=list(self.root.graph.nodes).index)
@@ -258,7 +293,10 @@ class _Router:
         steps, (by, *values) = reader.b.finish_all(scores, *(value for _, value in results))
         outputs = tuple((kind, value) for (kind, _), value in zip(results, values, strict=True))
         experts = int(self.value(self.root).shape[-1])
-        program = RowProgram(experts, steps, Choice(by, k, self.limit), tuple(reader.operands.values()), outputs)
+        kinds = tuple(reader.operands.values())
+        whole = RowProgram(experts, steps, Choice(by, k, self.limit), kinds, outputs)
+        program, kept = whole.pruned()
+        reader.operands = {one: kind for i, (one, kind) in enumerate(reader.operands.items()) if i in kept}
         # The product itself is the last result.
         places = tuple((n, 1 + (results.index(p) if p in results else len(results))) for n, p in pairs.items())
         x, leaf = self.tokens(), self.leaf(self.root)
@@ -279,6 +317,7 @@ class _Router:
             index,
             places,
             tuple(sorted(inside - {index}, key=list(self.root.graph.nodes).index)),
+            self.flat is not None,
         )
 
     def reads(self, x: fx.Node, weight: Any, inside: set[fx.Node]) -> tuple[tuple[fx.Node, int], ...]:
@@ -291,7 +330,7 @@ class _Router:
         found = [(holder, holder.all_input_nodes.index(x)), (self.root, self.root.all_input_nodes.index(weight))]
         for operand in self.reader.operands:
             assert isinstance(operand, fx.Node)
-            user = next(u for u in operand.users if u in inside)
+            user = next((u for u in operand.users if u in inside), next(iter(operand.users)))
             found.append((user, user.all_input_nodes.index(operand)))
         return tuple(found)
 
@@ -307,6 +346,11 @@ class _Router:
             if given.dtype in (torch.bfloat16, torch.float16, torch.float32) and cast.dtype == torch.float32:
                 return source
         return node
+
+
+def _reads(node: fx.Node) -> bool:
+    """Whether a node computes with the values of what it reads."""
+    return is_data(node) and called(node) not in SHAPED_LIKE
 
 
 def _dtype(tensor: torch.Tensor) -> str:

@@ -63,7 +63,8 @@ def _flat(spec: RouterSpec, operands: Sequence[Tensor]) -> list[Tensor]:
     experts = spec.program.experts
     kinds = spec.program.operands
     shapes = {"row": (-1, experts), "sample": (-1, experts), "column": (experts,), "scalar": (1,)}
-    return [t.detach().reshape(shapes[kind]).contiguous() for t, kind in zip(operands, kinds, strict=True)]
+    wide = [t.detach().float() if t.dtype == torch.bool else t.detach() for t in operands]
+    return [t.reshape(shapes[kind]).contiguous() for t, kind in zip(wide, kinds, strict=True)]
 
 
 def _empty(spec: RouterSpec, x: Tensor, kind: str) -> Tensor:

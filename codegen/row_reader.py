@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from moefx.codegen.calls import is_data
 from moefx.codegen.epilogue import trace_pointwise
 from moefx.codegen.pointwise import Arg, Builder, Pointwise
 from moefx.codegen.reasons import CannotLower
@@ -25,14 +26,18 @@ _OPERANDS = 6
 _SHAPED = frozenset({"view", "reshape", "expand", "expand_as", "view_as", "contiguous", "clone"})
 _CASTS = frozenset({"to", "float", "_to_copy", "type_as"})
 _WIDTH = 8
+#: Calls that read of a tensor no more than its shape: noise, and room for it.
+SHAPED_LIKE = frozenset({"empty_like", "rand_like", "randn_like"})
 
 
 class RowReader:
-    """Rows of the linear map ``root``, step by step."""
+    """Rows of the linear map ``root``, step by step; ``flat`` is a view of them as [T, E]."""
 
-    def __init__(self, root: fx.Node, value: Value, module: nn.Module | None = None) -> None:
+    def __init__(
+        self, root: fx.Node, value: Value, module: nn.Module | None = None, flat: fx.Node | None = None
+    ) -> None:
         self.root, self.value = root, value
-        self.shape = value(root).shape
+        self.shape = value(flat or root).shape
         #: How operands are spread over the rows; a bias that a leaf module holds goes by its name.
         self.operands: dict[fx.Node | str, str] = {}
         self.b = Builder(1 + _OPERANDS)
@@ -48,6 +53,8 @@ class RowReader:
         elif module is not None and getattr(module, "bias", None) is not None:
             self.operands[f"{root.target}.bias"] = "column"
             self.give(root, self.b.step("add", "z0", "z1"), "wide")
+        if flat is not None:
+            self.give(flat, self.env[root], "wide")
 
     def give(self, node: fx.Node, value: Arg, kind: str) -> None:
         """Say what a node is."""
@@ -86,6 +93,7 @@ class RowReader:
 
     def needed(self, scores: fx.Node) -> list[fx.Node]:
         """Return, in order, what the scores and the gates are made of; the rest stays outside."""
+        self.leave_truths()
         wanted: set[fx.Node] = {scores, *(n for n, kind in self.kinds.items() if kind == "slot")}
         for node in reversed(self.root.graph.nodes):
             if node in wanted:
@@ -93,6 +101,13 @@ class RowReader:
         for node in [n for n in self.env if n not in wanted]:
             del self.env[node]
         return [node for node in self.root.graph.nodes if node in self.env]
+
+    def leave_truths(self) -> None:
+        """Leave truth values that others read to them: only numbers leave a kernel."""
+        for node in reversed(self.root.graph.nodes):
+            is_truth = node in self.env and self.value(node).dtype == torch.bool
+            if is_truth and any(is_data(user) and user not in self.env for user in node.users):
+                del self.env[node], self.kinds[node]
 
     def operand(self, node: fx.Node) -> Arg:
         """Return a tensor that enters from outside."""
@@ -105,7 +120,7 @@ class RowReader:
     def spread(self, node: fx.Node) -> str:
         """Return how an operand is spread over the logits."""
         found = self.value(node)
-        if found.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if found.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.bool):
             raise CannotLower("lower a router", found=f"{node.name} of {found.dtype} joins its logits")
         shape, last = found.shape, self.shape[-1]
         if found.dim() == 0:
@@ -197,6 +212,8 @@ class RowReader:
 
     def pick(self, node: fx.Node, source: Any, index: Any) -> None:
         """Read values of the chosen experts."""
+        if called(node) == "getitem" and not isinstance(index, fx.Node):
+            raise self.refuse(node, "it cuts rows")
         if index is not self.index or index is None or not isinstance(source, fx.Node):
             raise self.refuse(node, "it picks by something else than the choice")
         named = called(node)
@@ -214,15 +231,19 @@ class RowReader:
         if self.index in tensors:
             raise self.refuse(node, "it computes with the numbers of experts")
         values = [self.read(t) for t in tensors]
+        truths = tuple(self.value(t).dtype == torch.bool for t in tensors)
         try:
-            program = _traced(node, tuple(tensors))
+            program = _traced(node, tuple(tensors), truths)
         except CannotLower as error:
             raise self.refuse(node, error.found) from error
         if program.inputs > max(1, len(tensors)):
             raise self.refuse(node, "it splits rows")
         names: dict[Arg, Arg] = {f"z{i}": v for i, v in enumerate(values)}
         for one in program.steps:
-            names[one.name] = self.b.step(one.op, *(names[a] if isinstance(a, str) else a for a in one.args))
+            args = [names[a] if isinstance(a, str) else a for a in one.args]
+            # A truth value is asked whether it is not zero; one that was computed here is a truth value already.
+            known = one.op == "ne" and args[1] == 0.0 and self.b.is_bool(args[0])
+            names[one.name] = args[0] if known else self.b.step(one.op, *args)
         result = names[program.result] if isinstance(program.result, str) else program.result
         self.give(node, result, self.joined(node, tensors))
 
@@ -247,17 +268,17 @@ def last_axis(node: fx.Node, position: int, value: Value) -> bool:
 
 
 def _downstream(root: fx.Node) -> set[fx.Node]:
-    """Return what depends on a node, and the node."""
+    """Return what depends on the values of a node, and the node; a tensor made in its shape does not."""
     found = {root}
     for node in root.graph.nodes:
-        if any(source in found for source in node.all_input_nodes):
+        if called(node) not in SHAPED_LIKE and any(source in found for source in node.all_input_nodes):
             found.add(node)
     return found
 
 
-def _traced(node: fx.Node, tensors: tuple[fx.Node, ...]) -> Pointwise:
-    """Return one node as a program of its tensors."""
-    places: dict[fx.Node, Any] = {t: _Place(i) for i, t in enumerate(tensors)}
+def _traced(node: fx.Node, tensors: tuple[fx.Node, ...], truths: tuple[bool, ...]) -> Pointwise:
+    """Return one node as a program of its tensors, of which some hold truth values."""
+    places: dict[fx.Node, Any] = {t: _Place(i, truths[i]) for i, t in enumerate(tensors)}
     args = fx.node.map_arg(node.args, places.__getitem__)
     kwargs = fx.node.map_arg(node.kwargs, places.__getitem__)
     try:
@@ -268,16 +289,19 @@ def _traced(node: fx.Node, tensors: tuple[fx.Node, ...]) -> Pointwise:
 
 @dataclass(frozen=True)
 class _Place:
-    """The position of a tensor among those of a call."""
+    """The position of a tensor among those of a call, and whether it holds truth values."""
 
     at: int
+    is_truth: bool = False
 
 
 @functools.lru_cache(maxsize=4096)
 def _trace(target: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...], inputs: int) -> Pointwise:
     def run(*z: torch.Tensor) -> torch.Tensor:
         def filled(value: Any) -> Any:
-            return z[value.at] if isinstance(value, _Place) else value
+            if not isinstance(value, _Place):
+                return value
+            return z[value.at] != 0 if value.is_truth else z[value.at]
 
         function = getattr(torch.Tensor, target) if isinstance(target, str) else target
         result: torch.Tensor = function(*map(filled, args), **{key: filled(value) for key, value in kwargs})

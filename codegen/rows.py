@@ -96,6 +96,20 @@ class RowProgram:
         """How many values ``z0, z1, ...`` there are."""
         return 1 + len(self.operands)
 
+    def pruned(self) -> tuple[RowProgram, list[int]]:
+        """Return the program without the operands that nothing reads, and the places of the others."""
+        read = {self.choice.scores, *(value for _, value in self.outputs), *(a for s in self.steps for a in s.args)}
+        kept = [i for i in range(len(self.operands)) if f"z{i + 1}" in read]
+        names = {f"z{i + 1}": f"z{place}" for place, i in enumerate(kept, 1)}
+
+        def renamed(value: Arg) -> Arg:
+            return names.get(value, value) if isinstance(value, str) else value
+
+        steps = tuple(Step(s.name, s.op, tuple(map(renamed, s.args))) for s in self.steps)
+        choice = dataclasses.replace(self.choice, scores=renamed(self.choice.scores))
+        outputs = tuple((kind, renamed(value)) for kind, value in self.outputs)
+        return RowProgram(self.experts, steps, choice, tuple(self.operands[i] for i in kept), outputs), kept
+
     def text(self) -> str:
         """Return the program as one line per step: the form that is hashed and dumped."""
         lines = [f"z{i + 1}: {kind}" for i, kind in enumerate(self.operands)]

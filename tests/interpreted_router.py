@@ -187,6 +187,24 @@ def test_ties_within_groups_go_to_the_lowest(groups: int, members: int, data: st
     assert torch.equal(got, group_limited_top_k(logits, k, groups=groups, keep=keep, best=best))
 
 
+def test_logits_that_are_flattened_first() -> None:
+    """Attention experts route [B, T, D] by logits [B * T, E]."""
+
+    def run(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        logits = torch.nn.functional.linear(x, weight).reshape(-1, weight.shape[0])
+        experts = top_k(logits.detach(), 2)
+        ops.group(experts, weight.shape[0])
+        return experts, normalise(logits, experts, "softmax_topk")
+
+    given = draw((2, 19), 24, 5, torch.float32)
+    leaves = [t.requires_grad_() for t in given]
+    graph = lowered(run, *(t.detach() for t in given))
+    for one, other in zip(graph(*leaves), run(*leaves), strict=True):
+        torch.testing.assert_close(one, other)
+    got, want = (torch.autograd.grad(function(*leaves)[1].square().sum(), leaves) for function in (graph, run))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
 def test_no_tokens() -> None:
     x, weight = draw((0,), 8, 4, torch.float32)
     given = (x, weight, torch.zeros(4), None, None)

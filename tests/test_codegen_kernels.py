@@ -49,7 +49,7 @@ def interpret(script: str, cache: Path, *more: str) -> None:
             "interpreted_few_rows.py",
             "interpreted_trials.py",
         ),
-        ("interpreted_backend.py", "interpreted_models.py"),
+        ("interpreted_backend.py", "interpreted_models.py", "interpreted_selectors.py"),
         ("interpreted_backward.py", "interpreted_fuzz.py", "interpreted_router.py", "interpreted_choice.py"),
     ],
     ids=["forward", "backend", "backward"],

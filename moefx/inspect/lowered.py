@@ -135,6 +135,8 @@ def lowered_text(graph: Graph, device: Target) -> str:
         lines += ["", f"{other.what} at {_sites(other.sites)}", *(f"  {one.name}" for one in other.kernels)]
     for item in refused:
         lines += ["", f"{item.kind} not lowered: {item.name}", f"  because {item.reason}"]
+    if len(lines) == 1:
+        lines += ["", "nothing to lower: no operator of the dialect stands in its graph, and no router keeps a record"]
     return "\n".join(clean(line) for line in lines) + "\n"
 
 
