@@ -38,8 +38,12 @@ EFFICIENCY = {
     (64, 64): 0.55,
     (32, 256): 0.4,
     (32, 128): 0.35,
+    (32, 64): 0.3,
+    (32, 32): 0.2,
     (16, 256): 0.25,
     (16, 128): 0.2,
+    (16, 64): 0.15,
+    (16, 32): 0.1,
 }
 #: The same for the form of a kernel. Until a device says otherwise, the one that asks least of the compiler goes first.
 FORM_EFFICIENCY = {"pointer": 1.0, "swapped": 0.95, "tma": 0.95, "tma divided": 0.98}

@@ -35,7 +35,7 @@ def sources() -> dict[str, str]:
         "kernel_down_descriptors_sm_90.py": emit(down, best(down, sm_90, 1024, variant="tma", divided=True)),
         "kernel_two_weights_sm_80.py": emit(pair, best(pair, sm_80, 1024, variant="pointer")),
         "kernel_gated_ragged_sm_80.py": emit(gated, best(gated, sm_80, 64, variant="pointer")),
-        "kernel_down_few_rows_sm_90.py": emit(down, choose(down, sm_90, 4, 8)),
+        "kernel_down_few_rows_sm_90.py": emit(down, choose(down, sm_90, 4, 2)),
         "kernel_combine.py": emit(CombineSpec(1152, 2, "bfloat16")),
         "kernel_tile_map.py": emit_tile_map(),
         "kernel_grouping.py": emit(GroupingSpec(), GroupingSpec().schedule(sm_90, 1024, 128)),

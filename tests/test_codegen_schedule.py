@@ -108,25 +108,26 @@ def test_few_rows_are_bound_by_the_weights() -> None:
 
 @pytest.mark.parametrize("name", ["sm_80", "sm_90", "sm_100", "gfx942"])
 @pytest.mark.parametrize("load", [1, 4, 16])
+@pytest.mark.parametrize("experts", [2, 8, 64])
 @pytest.mark.parametrize("make", [up_projection, down_projection, gated_projection])
-def test_few_rows_keep_the_memory_busy(name: str, load: int, make: Callable[[], LinearSpec]) -> None:
+def test_few_rows_keep_the_memory_busy(name: str, load: int, experts: int, make: Callable[[], LinearSpec]) -> None:
     """What is asked for ahead covers the latency at full bandwidth, and every processor asks (Little's law)."""
     device, spec = target(name), make()
-    chosen = choose(spec, device, load, 8)
-    found = cost.estimate(spec, chosen, device, load, 8)
+    chosen = choose(spec, device, load, experts)
+    found = cost.estimate(spec, chosen, device, load, experts)
     assert chosen.block_m == 16
     assert chosen.streams
-    assert found.tiles >= 0.95 * device.processors
-    assert found.flight_bytes >= 0.98 * device.memory_tb_per_s * 1e12 * cost.LATENCY_S
-    assert found.seconds < 1.5 * found.floor_s
+    assert found.tiles >= 0.7 * device.processors
+    assert found.flight_bytes >= device.memory_tb_per_s * 1e12 * cost.LATENCY_S
+    assert found.seconds < 1.4 * found.floor_s + 3 * cost.FILL_S
 
 
 def test_k_is_cut_into_parts_where_tiles_are_few() -> None:
     device, spec = target("sm_90"), down_projection()
-    assert choose(spec, device, 4, 8).parts > 1
+    assert choose(spec, device, 4, 2).parts > 1
     assert choose(spec, device, 16, 64).parts == 1, "64 experts are tiles enough, and sums of parts are traffic"
-    assert choose(spec, device, 256, 8).parts == 1
-    whole, halves = (cost.estimate(spec, Schedule(16, 128, 64, 4, 4, parts=p), device, 4, 8) for p in (1, 2))
+    assert choose(spec, device, 256, 2).parts == 1
+    whole, halves = (cost.estimate(spec, Schedule(16, 128, 64, 4, 4, parts=p), device, 4, 2) for p in (1, 2))
     assert halves.tiles == 2 * whole.tiles
     assert whole.reduce_s == 0 < halves.reduce_s
     assert halves.seconds < whole.seconds
