@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from moefx.codegen import lowerings, runtime
+from moefx.codegen import lowerings, runtime, tune
 from moefx.codegen.lower import Lowering
+from moefx.codegen.targets import target_of
 from tests.routed_toy import RoutedFFN
+from tests.test_codegen_tune import CLASSES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")]
 
@@ -62,6 +68,23 @@ def test_region_replays_in_a_cuda_graph_with_other_routing() -> None:
             static.copy_(torch.randn_like(static))
             graph.replay()
             assert relative_error(out, model(static[None])[0] - static) < 3e-2
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_every_candidate_runs_or_is_pruned(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forms of projections, few rows included, gradients and heads: on the device each agrees with torch."""
+    monkeypatch.setenv("MOEFX_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("MOEFX_AUTOTUNE_SECONDS", "120")
+    tune.clear()
+    device = torch.device("cuda", torch.cuda.current_device())
+    shape = replace(CLASSES[name], target=target_of(device))
+    chosen = tune.decide(shape, lambda: tune.DeviceTimer(shape, device))
+    tune.clear()
+    assert chosen in shape.candidates()
+    entry = json.loads(shape.path.read_text())
+    assert len(entry["seconds"]) + len(entry["pruned"]) == len(shape.candidates())
+    wrong = [reason for reason in entry["pruned"].values() if "against torch" in reason]
+    assert not wrong, wrong
 
 
 def _dynamo_graph(model: nn.Module) -> torch.fx.GraphModule:
