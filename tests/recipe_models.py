@@ -49,6 +49,15 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Inputs]]] = {
     "nine tokens": (functools.partial(small_dit, side=6, depth=6), functools.partial(dit_inputs, side=6)),
 }
 
+# For models too small for the defaults: fewer experts, fewer outer blocks that stay dense, a grid that is told.
+SMALLER: dict[str, dict[str, Any]] = {
+    "gamma-mod": {"dense_first": 0, "dense_last": 0},
+    "mixture-of-blocks": {"group": 2, "active": 1},
+    "clear": {"grid": [4, 6]},
+    **{name: {"experts": 3, "shared": 1, "top_k": 1} for name in ("cmoe", "dense2moe", "moefx-split")},
+    **{name: {"experts": 4, "top_k": 2} for name in ("moefication", "d2dmoe")},
+}
+
 
 @functools.cache
 def calibrated(name: str) -> moefx.Calibration:
