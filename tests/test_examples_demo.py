@@ -138,5 +138,4 @@ def test_routed_cost_counts_chosen_experts_and_the_router() -> None:
 
 
 def test_the_defaults_keep_active_width_equal() -> None:
-    routing = Config().routing
-    assert routing.top_k == routing.granularity
+    assert Config().routing.top_k == 1

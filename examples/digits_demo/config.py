@@ -47,16 +47,14 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class RoutingConfig:
-    """What is asked of ``moefx.transform``: experts of half the dense width, 2 per token, so equal active width.
+    """What is asked of ``moefx.transform``: 8 copies of the dense network, 1 per token, so equal active width.
 
-    They start as 8 copies of the dense network cut in two; ``untie`` gives each half a router row of its own.
+    Copies cut in two, 2 halves per token, cost as much and learn less (benchmarks/results/quality_upcycle_digits.md).
     """
 
-    recipe: str = "virtual-groups"
-    experts: int = 16
-    top_k: int = 2
-    granularity: int = 2
-    untie: bool = True
+    recipe: str = "sparse-upcycling"
+    experts: int = 8
+    top_k: int = 1
     balance_weight: float = 0.01
 
 

@@ -114,8 +114,8 @@ def _introduction(facts: Facts) -> str:
     return (
         f"A class-conditional DiT ({config['model']['depth']} blocks of width {config['model']['width']}) learns "
         f"rectified flow on scikit-learn's 8 × 8 digits for {dense['steps']} steps. `moefx.transform` with recipe "
-        f"`{routing['recipe']}` turns each of its feed-forward networks into {routing['experts']} experts "
-        f"of 1/{routing['granularity']} of its width, {routing['top_k']} per token: the same active width. "
+        f"`{routing['recipe']}` turns each of its feed-forward networks into {routing['experts']} copies "
+        f"of itself, {routing['top_k']} per token: the same active width. "
         f"Then both models train {tune['steps']} more steps on the same batches, times, noise and dropped labels."
     )
 

@@ -35,8 +35,6 @@ def transform(dense: DiT, data: Digits, routing: RoutingConfig, seed: int) -> An
         seed=seed,
         experts=routing.experts,
         top_k=routing.top_k,
-        granularity=routing.granularity,
-        untie=routing.untie,
     )
 
 
