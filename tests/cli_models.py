@@ -45,6 +45,12 @@ def batches(model: nn.Module) -> dict[str, list[Any]]:
     return {name: [synthesise(model, seed=i)] for i, name in enumerate(("conditional", "unconditional"))}
 
 
+def squares(output: Any, batch: Any) -> torch.Tensor:
+    """A loss of a tiny DiT."""
+    loss: torch.Tensor = output.sample.square().mean()
+    return loss
+
+
 def plain() -> tuple[nn.Module, tuple[torch.Tensor]]:
     """A model without any site."""
     return nn.Sequential(nn.Linear(4, 4), nn.ReLU()), (torch.zeros(2, 4),)

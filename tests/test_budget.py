@@ -102,7 +102,10 @@ def test_heads_by_the_timestep_are_chosen_with_a_calibration() -> None:
     assert {"mixture-of-heads", "channel-groups"} == {s.rule for s in plan.sites}
     assert len({s.options["budget"] for s in plan.sites}) > 1
     energy = moefx.calibrate(model, [batch(0)], buckets=2, samples=500, progress=False)
-    assert moefx.plan(model, batch(0), recipe="dydit", budget=0.6, calibration=energy).cost.flops_ratio <= 0.6
+    by_energy = moefx.plan(model, batch(0), recipe="dydit", budget=0.6, calibration=energy)
+    assert by_energy.cost.flops_ratio <= 0.6
+    assert "has no loss" in by_energy.warnings[-1]
+    assert not plan.warnings
 
 
 def test_a_transform_within_the_budget_is_saved_with_its_ratios(tmp_path: Path) -> None:
@@ -156,7 +159,9 @@ def test_the_command_line(tmp_path: Path) -> None:
     receipt = json.loads(run("transform", DIT, *options, "--out", folder, "--json", "-q").stdout)
     assert receipt["report"]["plan"]["sites"] == plan["sites"]
     assert "no data" in run("calibrate", DIT, "--out", file, code=2).stderr
-    own = "tests.cli_models:batches"
-    assert "2 layers" in run("calibrate", DIT, "--batches", own, "--out", file, "-q").stdout
+    own = ["--batches", "tests.cli_models:batches", "--loss", "tests.cli_models:squares"]
+    assert "2 layers" in run("calibrate", DIT, *own, "--out", file, "-q").stdout
+    name = "transformer_blocks.0"
+    assert moefx.Calibration.load(file).part(name).learnt
     run("transform", DIT, "--recipe", "moefx-split", "--out", folder, code=2)
     run("plan", DIT, "--budget", "0.5", "--calibration", str(tmp_path / "no"), code=5)

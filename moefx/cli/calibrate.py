@@ -26,6 +26,15 @@ def calibrate(
             rich_help_panel="Data",
         ),
     ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            "--loss",
+            metavar="MODULE:FUNCTION",
+            help="A callable: maps the model's output and a batch to a scalar; its gradient says what matters.",
+            rich_help_panel="Data",
+        ),
+    ] = None,
     synthetic: Annotated[
         int, typer.Option("--synthetic", min=0, help="Random batches instead of data.", rich_help_panel="Data")
     ] = 0,
@@ -41,7 +50,7 @@ def calibrate(
     quiet: o.Quiet = False,
     verbose: o.Verbose = 0,
 ) -> None:
-    """Collect the statistics of a model's feed-forward networks on data, for --calibration of plan and transform.
+    """Collect the statistics of a model's networks, heads and tokens on data, for --calibration of plan and transform.
 
     The progress bar goes to stderr, a summary to stdout. Random batches show that things work; they say nothing about a
     model.
@@ -55,7 +64,8 @@ def calibrate(
             raise OptionError("calibrate a model", found="no data, or two kinds", do="give --batches or --synthetic N")
         built, _ = build(model, config=config, seed=seed)
         data = load_callable(batches)(built) if batches else random_batches(built, synthetic, seed)
-        found = collect(built, data, buckets=buckets, samples=samples, seed=seed, progress=not quiet)
+        judge = load_callable(loss) if loss else None
+        found = collect(built, data, loss=judge, buckets=buckets, samples=samples, seed=seed, progress=not quiet)
         found.save(out)
         typer.echo(f"saved {out}", err=True)
     layers = {

@@ -81,8 +81,10 @@ def within_budget(
     reason = f"the budget of {budget:g} is best met with it dense"
     dense = [s for s in plan.sites if s.name + s.rule not in kept]
     left = [SkippedSite(name=s.name, kind=s.kind, rule=s.rule, reason=reason) for s in dense]
-    changed = {"sites": tuple(sites), "skipped": (*plan.skipped, *left), "cost": total_cost(facts, sites)}
-    return plan.model_copy(update=changed | {"expected_loss": sum(c.loss for c in chosen)})
+    warnings = (*plan.warnings, *units.expectation.warnings())
+    expected = {"cost": total_cost(facts, sites), "expected_loss": sum(c.loss for c in chosen)}
+    changed = {"sites": tuple(sites), "skipped": (*plan.skipped, *left), "warnings": warnings}
+    return plan.model_copy(update=changed | expected)
 
 
 class _Units:
