@@ -160,12 +160,14 @@ def _for_few_rows(spec: LinearSpec, target: Target, base: Schedule) -> Iterator[
     """Yield what lets more bytes of the weights be on their way at once than one tile per program does.
 
     Longer steps ask for more of each row; programs that share K are more in number; with swapped operands the weights
-    fill the wide instructions of sm_90 and sm_100, which 16 rows do not.
+    fill the wide instructions of sm_90 and sm_100, which 16 rows do not; two accumulators of 256 columns spill 200 B
+    there with Triton 3.6.
     """
     wider = replace(base, block_k=2 * base.block_k)
     stages = min(target.max_stages, target.shared_limit_bytes // stage_bytes(spec, wider))
     is_wider = stages >= 2 and spec.in_features >= 2 * wider.block_k and ITEM_BYTES[spec.dtype] == 2
-    can_swap = target.has_tma and ITEM_BYTES[spec.dtype] == 2 and base.block_n >= 64
+    fills = base.block_n >= 64 and base.block_n * spec.halves <= 256
+    can_swap = target.has_tma and ITEM_BYTES[spec.dtype] == 2 and fills
     for step in (base, replace(wider, num_stages=stages)) if is_wider else (base,):
         # Every part takes steps enough to fill its stages.
         most = max(1, spec.in_features // (step.block_k * step.num_stages))
