@@ -119,6 +119,16 @@ def test_queries_are_read_before_norm_and_rotation() -> None:
     assert any(torch.equal(read[0].flatten(-2), value) for value in x)
 
 
+def test_heads_of_a_prompt_without_words() -> None:
+    model = zoo.tiny("SD3Transformer2DModel")
+    inputs = synthesise(model)
+    moefx.transform(model, inputs, recipe="moh-tuning", max_error=10.0)
+    silent = inputs | {"encoder_hidden_states": inputs["encoder_hidden_states"][:, :0]}
+    output = model(**silent)[0]
+    assert output.isfinite().all()
+    assert output.shape == model(**inputs)[0].shape
+
+
 def test_a_head_off_in_joint_attention_is_off_in_both_streams() -> None:
     model = zoo.tiny("FluxTransformer2DModel").double()
     moefx.transform(model, recipe="dydit-heads")

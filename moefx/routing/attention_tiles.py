@@ -110,9 +110,11 @@ def attend_by_tiles(
     tiles, windows = tiling.queries(q.device), tiling.keys(q.device)
 
     def cut(x: Tensor, index: Tensor, *others: Tensor) -> Tensor:
-        own = x.index_select(2, index.flatten()).reshape(batch * heads, len(index), -1, x.shape[3])
+        own = x.index_select(2, index.flatten()).reshape(batch * heads, *index.shape, x.shape[3])
         rest = [
-            o.reshape(batch * heads, 1, -1, o.shape[3]).expand(-1, len(index), -1, -1) for o in others if o.shape[2]
+            o.reshape(batch * heads, 1, o.shape[2], o.shape[3]).expand(-1, len(index), -1, -1)
+            for o in others
+            if o.shape[2]
         ]
         return torch.cat([own, *rest], dim=2) if rest else own
 
@@ -120,7 +122,7 @@ def attend_by_tiles(
     y = F.scaled_dot_product_attention(
         cut(qi, tiles), cut(ki, windows, k0, k1), cut(vi, windows, v0, v1), attn_mask=mask, scale=scale
     )
-    y = y.reshape(batch, heads, -1, y.shape[3]).index_select(2, home)
+    y = y.reshape(batch, heads, tiles.numel(), y.shape[3]).index_select(2, home)
     if total == len(home):
         return y
     rest = F.scaled_dot_product_attention(torch.cat([q0, q1], dim=2), k, v, scale=scale)

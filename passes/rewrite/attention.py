@@ -200,8 +200,8 @@ def split_heads(splice: Splice, query: Part, heads: int, *, around: Node) -> Nod
 
 def by_head(value: Tensor, dims: tuple[int, ...], heads: int) -> Tensor:
     """Bring features that lie along ``dims`` to the end, and split them into heads: ``[B, T, H, d]``."""
-    moved = value.movedim(dims, tuple(range(-len(dims), 0)))
-    return moved.reshape(*moved.shape[:2], heads, -1)
+    rows = value.movedim(dims, tuple(range(-len(dims), 0))).flatten(2)
+    return rows.reshape(*rows.shape[:2], heads, rows.shape[-1] // heads)  # no -1: there may be no words
 
 
 def first_node(nodes: Sequence[Node]) -> Node:
