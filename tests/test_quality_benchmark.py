@@ -42,6 +42,13 @@ def test_a_table_runs_and_is_resumed(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "tokens:" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("data", SETTINGS)
+def test_a_name_means_one_run_in_all_tables(data: str) -> None:
+    setting = SETTINGS[data]
+    found = [(c.name, c.length(setting), c.scratch, c.train is None) for make in TABLES.values() for c in make(setting)]
+    assert len({name for name, *_ in found}) == len(set(found))
+
+
 def test_differences_are_paired_by_seed() -> None:
     dense = {"0": {"loss": 1.0}, "1": {"loss": 2.0}}
     assert report.against({"0": {"loss": 1.1}, "1": {"loss": 2.2}}, dense) == "+10.00 ± 0.00 %"

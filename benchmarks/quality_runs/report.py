@@ -21,7 +21,7 @@ COLUMNS = (
 )
 
 # Which row the others are compared with.
-REFERENCES = ("dense, trained", "dense, from scratch")
+REFERENCES = ("dense, trained", "dense, distilled", "dense, from scratch")
 
 
 def write(table: Table, folder: Path) -> str:

@@ -105,6 +105,6 @@ def table(setting: Setting) -> list[Condition]:
     train = trained(setting)
     return [
         Condition("dense, not trained further", dense, steps=0),
-        Condition("dense, trained further", dense, steps=setting.fifth, train=train),
+        Condition("dense, distilled further", dense, steps=setting.fifth, train=train),
         *(Condition(name, build, steps=setting.fifth, train=train) for name, build in made),
     ]
