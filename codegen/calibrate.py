@@ -49,10 +49,11 @@ def cases(specs: Iterable[LinearSpec], target: Target, loads: Sequence[int] = LO
     """Return what to time: for every projection and load the best schedules by the model as it is; loads take turns."""
     given = list(specs)
     return [
-        Case(spec, short_list(spec, target, load, EXPERTS, row_tile(load), _SCHEDULES)[place], load)
+        Case(spec, schedule, load)
         for place in range(_SCHEDULES)
         for spec in given
         for load in loads
+        for schedule in short_list(spec, target, load, EXPERTS, row_tile(load), _SCHEDULES)[place : place + 1]
     ]
 
 

@@ -72,11 +72,15 @@ class HeadAttentionSpec(Kernel):
         return Schedule(min(block_m, 64) if small else block_m, 64, 16, 8, 2, 1)
 
     def candidates(self, target: Target, load: int, block_m: int) -> tuple[Schedule, ...]:
-        """Return the preferred tiles, then smaller ones: half the rows, and half the keys as well."""
+        """Return the preferred tiles, then smaller ones, then those that load a step more ahead."""
         first = self.schedule(target, load, block_m)
+        if target.is_interpreter:
+            return (first,)
         rows = max(16, first.block_m // 2)
-        smaller = (replace(first, block_m=rows), replace(first, block_m=rows, block_n=max(16, first.block_n // 2)))
-        return tuple(dict.fromkeys((first, *(() if target.is_interpreter else smaller))))
+        fewer = replace(first, block_m=rows)
+        smaller = (fewer, replace(fewer, block_n=max(16, first.block_n // 2)))
+        ahead = (replace(one, num_stages=one.num_stages + 1) for one in (first, fewer))
+        return tuple(dict.fromkeys((first, *smaller, *ahead)))
 
     @property
     def is_padded(self) -> bool:
