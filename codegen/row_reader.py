@@ -123,10 +123,10 @@ class RowReader:
         if found.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.bool):
             raise CannotLower("lower a router", found=f"{node.name} of {found.dtype} joins its logits")
         shape, last = found.shape, self.shape[-1]
-        if found.dim() == 0:
-            return "scalar"
         if same(shape, self.shape):
             return "row"
+        if same(shape, (1,) * found.dim()):
+            return "scalar"
         inner = all(same((size,), (1,)) for size in shape[1:-1])
         if same(shape[-1:], (last,)) and inner:
             if found.dim() == 1 or same(shape[:1], (1,)):
@@ -150,7 +150,7 @@ class RowReader:
             self.keep(node, made)
         elif name in ("softmax", "log_softmax", "_softmax"):
             self.softmax(node, name == "log_softmax")
-        elif name in ("sum", "mean", "logsumexp"):
+        elif name in ("sum", "mean", "logsumexp", "amax"):
             self.reduce(node, name)
         elif name == "gather":
             self.pick(node, node.args[0], node.args[2] if len(node.args) > 2 else node.kwargs.get("index"))
@@ -193,8 +193,17 @@ class RowReader:
         powers = self.b.step("exp", shifted)
         return shifted, powers, self.b.step(f"{of}_sum", powers)
 
+    def is_stopped(self, node: fx.Node) -> bool:
+        """Whether no gradient passes through a node, since all it is made of was detached or has none."""
+        if called(node) == "detach":
+            return True
+        if node not in self.dependent:
+            return not self.value(node).requires_grad
+        sources = [one for one in node.all_input_nodes if is_data(one) and one is not self.index]
+        return node is not self.root and bool(sources) and all(map(self.is_stopped, sources))
+
     def reduce(self, node: fx.Node, name: str) -> None:
-        """Read a sum, a mean or a logarithm of summed exponentials along the last axis, which stays with one value."""
+        """Read a sum, mean, maximum or logarithm of summed exponentials along the last axis, which stays."""
         found, kind = self.source(node)
         keep = node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False)
         if not keep or not last_axis(node, 1, self.value) or kind == "one":
@@ -205,7 +214,10 @@ class RowReader:
             top = self.b.step("chosen_max" if kind == "slot" else "row_max", found)
             self.give(node, self.b.step("add", self.b.step("log", total), top), "one")
             return
-        value = self.b.step("chosen_sum" if kind == "slot" else "row_sum", found)
+        if name == "amax" and not self.is_stopped(node):
+            raise self.refuse(node, "a maximum passes on no gradient in a kernel")
+        most = "max" if name == "amax" else "sum"
+        value = self.b.step(f"chosen_{most}" if kind == "slot" else f"row_{most}", found)
         if name == "mean":
             value = self.b.step("div", value, float(self.slots if kind == "slot" else int(self.shape[-1])))
         self.give(node, value, "one")
@@ -268,10 +280,11 @@ def last_axis(node: fx.Node, position: int, value: Value) -> bool:
 
 
 def _downstream(root: fx.Node) -> set[fx.Node]:
-    """Return what depends on the values of a node, and the node; a tensor made in its shape does not."""
+    """Return what depends on the values of a node, and the node; its dtype and a tensor of its shape do not."""
     found = {root}
     for node in root.graph.nodes:
-        if called(node) not in SHAPED_LIKE and any(source in found for source in node.all_input_nodes):
+        reads = is_data(node) and called(node) not in SHAPED_LIKE
+        if reads and any(source in found for source in node.all_input_nodes):
             found.add(node)
     return found
 

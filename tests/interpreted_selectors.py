@@ -24,6 +24,7 @@ from moefx.routing.selectors import (
     TopK,
     TopP,
 )
+from moefx.routing.slices import RelativeThreshold
 
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|divide by zero|invalid value):RuntimeWarning")
 
@@ -39,6 +40,7 @@ CASES: dict[str, tuple[Callable[[], Selector], str, bool]] = {
     "race": (lambda: Race(EXPERTS), "identity", False),
     "gumbel": (lambda: GumbelSigmoid(width=3), "sigmoid_ste", True),
     "predicted": (lambda: PredictedChoice(WIDTH, EXPERTS), "softmax_topk", False),
+    "share of the best": (lambda: RelativeThreshold(torch.tensor([0.6])), "softmax_topk", True),
     "forced": (lambda: Forced([0, 3], TopK(1)), "softmax_topk", True),
 }
 
