@@ -12,9 +12,11 @@ import torch
 
 import moefx
 from moefx.errors import InputError, PlanError
-from tests.recipe_support import MARKS
+from tests.recipe_support import FLUX, MARKS, dense
+from tests.recipe_support import inputs as given
 from tests.split_support import batch, calibrated
 from tests.test_cli import DIT, run
+from tests.trace_support import tensors
 
 pytestmark = MARKS
 SMALL = {"experts": 6, "shared": 2, "top_k": 3}
@@ -93,6 +95,21 @@ def test_one_allocation_over_networks_heads_and_tokens() -> None:
         if site.rule == "mixture-of-depths":
             assert routed.get_submodule(site.name).token_router.capacity == site.options["capacity"]
     assert routed(*given).isfinite().all()
+
+
+def test_where_two_rewrites_exclude_each_other_one_is_chosen() -> None:
+    """FLUX's double blocks: a pass by token writes out the attention whose heads another would gate."""
+    model, inputs = dense(FLUX), given(FLUX)
+    found = moefx.calibrate(model, [inputs], loss=lambda y, _: tensors(y)[0].square().mean(), progress=False)
+    request = {"recipe": ["moh", "mod"], "calibration": found, "every": 1}
+    with pytest.raises(PlanError, match="mixture-of-heads first"):
+        moefx.plan(model, inputs, **{**request, "calibration": None})
+    plan = moefx.plan(model, inputs, budget=0.75, **request)
+    assert {s.rule for s in plan.sites} == {"mixture-of-heads", "mixture-of-depths"}
+    double = [s for s in plan.sites if s.name.startswith("transformer_blocks.")]
+    assert len({s.name.split(".")[1] for s in double}) == len(double) > 0
+    routed = moefx.transform(copy.deepcopy(model), inputs, budget=0.75, verify=False, **request)
+    assert all(bool(t.isfinite().all()) for t in tensors(routed(**inputs)))
 
 
 def test_heads_by_the_timestep_are_chosen_with_a_calibration() -> None:

@@ -18,7 +18,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from moefx.errors import InputError, NothingMatched, PlanError
 from moefx.model.costs import Bill, total_cost
 from moefx.model.expected import Expectation, beyond, check_weights_known
-from moefx.model.plan import Plan, SitePlan, SkippedSite
+from moefx.model.plan import Plan, SitePlan, SkippedSite, taken_apart
 from moefx.passes.analysis import Facts
 from moefx.passes.calibration import Calibration
 from moefx.passes.rewrite.base import Pass
@@ -111,11 +111,22 @@ class _Units:
         return list(found.values())
 
     def candidates(self, outer: SitePlan | None, inner: Sequence[SitePlan]) -> list[Candidate]:
-        """Return the choices of one unit that no other beats in both FLOPs and loss."""
+        """Return the choices of one unit that no other beats in both FLOPs and loss.
+
+        A site that the rewrite of the block would take apart is routed, or the block is, but not both.
+        """
+        found = self._together(inner)
+        if outer is None:
+            return found
+        free = [site for site in inner if not taken_apart(outer, site)]
+        inside = found if len(free) == len(inner) else self._together(free)
+        return best([*found, *(_passed_by(c, b) for c in inside for b in self._of_site(outer) if b.plans)])
+
+    def _together(self, sites: Sequence[SitePlan]) -> list[Candidate]:
         found = [DENSE]
-        for site in inner:
+        for site in sites:
             found = best([_both(a, b) for a in found for b in self._of_site(site)])
-        return found if outer is None else best([_passed_by(c, b) for c in found for b in self._of_site(outer)])
+        return found
 
     def _of_site(self, site: SitePlan) -> list[Candidate]:
         """Return the choices of one site by itself."""
@@ -147,8 +158,6 @@ class _Units:
 
 def _passed_by(inside: Candidate, block: Candidate) -> Candidate:
     """Return a block with what is inside it: the tokens that pass by neither cost anything there nor lose it."""
-    if not block.plans:
-        return inside
     costing = 1 - block.plans[0].saved_fraction
     loss = block.loss + block.running * inside.loss
     return Candidate((*block.plans, *inside.plans), block.flops + costing * inside.flops, loss)

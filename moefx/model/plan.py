@@ -95,6 +95,14 @@ class SitePlan(_Data):
     active_after: int
 
 
+def taken_apart(outer: SitePlan, inner: SitePlan) -> str:
+    """Return the module that ``inner`` rewrites and ``outer`` writes out in the forward around it; "" if none."""
+    path = inner.module or inner.block or ""
+    written = [f"{outer.block}.{child}".lstrip(".") for child in outer.expand]
+    hit = next((w for w in written if path == w or path.startswith(f"{w}.")), "")
+    return hit if outer.rule != inner.rule else ""
+
+
 class SkippedSite(_Data):
     """A site, or almost a site, that stays dense, and why."""
 

@@ -14,7 +14,7 @@ from moefx.model.carry import Carrying, root_inputs
 from moefx.model.costs import total_cost
 from moefx.model.handle import applied_passes
 from moefx.model.places import Skip, place_site
-from moefx.model.plan import PassPlan, Plan, SitePlan, SkippedSite
+from moefx.model.plan import PassPlan, Plan, SitePlan, SkippedSite, taken_apart
 from moefx.model.select import Patterns, check_patterns, patterns, selected
 from moefx.passes.analysis import Facts, analyse
 from moefx.passes.analysis.local import weight_names
@@ -24,9 +24,18 @@ from moefx.passes.rewrite.order import ANALYSED
 
 
 def make_plan(
-    graph: Graph, rules: Sequence[Pass], *, recipe: str | None, only: Patterns, skip: Patterns, seed: int
+    graph: Graph,
+    rules: Sequence[Pass],
+    *,
+    recipe: str | None,
+    only: Patterns,
+    skip: Patterns,
+    seed: int,
+    nested: bool = False,
 ) -> Plan:
     """Plan ``rules`` for the model that ``graph`` was traced from.
+
+    With ``nested`` it may hold rewrites of which only one can be applied, for somebody to choose.
 
     Raises:
         NothingMatched: no site is left to rewrite, or a pattern matches none.
@@ -46,7 +55,8 @@ def make_plan(
         made, left = _plan_rule(facts, rule, wanted, unwanted, carrying)
         planned += made
         skipped += left
-    _check_nesting(planned)
+    if not nested:
+        _check_nesting(planned)
     if not planned:
         do = _what_to_do(facts, graph, rules)
         raise NothingMatched(_asked(graph, rules), found=_what_was_found(facts, skipped), do=do)
@@ -193,10 +203,8 @@ def _check_nesting(planned: Sequence[SitePlan]) -> None:
     """
     for outer in planned:
         for inner in planned:
-            path = inner.module or inner.block or ""
-            written = [f"{outer.block}.{child}".lstrip(".") for child in outer.expand]
-            hit = next((w for w in written if path == w or path.startswith(f"{w}.")), None)
-            if outer.rule != inner.rule and hit is not None:
+            hit = taken_apart(outer, inner)
+            if hit:
                 raise PlanError(
                     f"apply {inner.rule} and {outer.rule} at once",
                     found=f"{outer.rule} takes {hit!r} apart, which {inner.rule} rewrites by itself",

@@ -94,7 +94,8 @@ def plan_model(
     with clock.stage("trace"):
         graph = trace(model, inputs)
     with clock.stage("plan"):
-        plan = make_plan(graph, rules, recipe=recipe, only=only, skip=skip, seed=seed)
+        wide = budget is not None
+        plan = make_plan(graph, rules, recipe=recipe, only=only, skip=skip, seed=seed, nested=wide)
         if budget is not None:
             plan = within_budget(analyse(graph), plan, rules, budget, calibration)
     return graph, plan
