@@ -12,6 +12,7 @@ with ``MOEFX_AUTOTUNE=0``, or while a CUDA graph is captured: then the model's c
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -19,7 +20,7 @@ import logging
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,8 +155,12 @@ def _time(shape: ShapeClass, timer: Callable[[], Timer]) -> Schedule:
     global _spent_s
     start, candidates = _clock(), shape.candidates()
     deadline = start + _left_s()
-    made = timer()
-    pruned = made.prune(candidates, _COMPILE_SHARE * (deadline - _clock()))
+    try:
+        made = timer()
+        pruned = made.prune(candidates, _COMPILE_SHARE * (deadline - _clock()))
+    except MemoryError as error:
+        logger.warning("%s is not timed: no room beside the model (%s)", shape.spec.name, error)
+        return shape.preferred
     seconds: dict[Schedule, float] = {}
     for schedule in candidates:
         if schedule in pruned:
@@ -165,6 +170,8 @@ def _time(shape: ShapeClass, timer: Callable[[], Timer]) -> Schedule:
             continue
         try:
             seconds[schedule] = made(schedule)
+        except MemoryError:
+            pruned[schedule] = None  # another process may have the room
         except Exception as error:  # a compiler may raise anything; it is the reason why the candidate is out
             pruned[schedule] = f"{type(error).__name__}: {error}"[:500]
     taken_s = _clock() - start
@@ -252,7 +259,8 @@ class DeviceTimer(Timer):
         from moefx.codegen.trials import trial_of
 
         self.shape, self.device = shape, device
-        self.trial = trial_of(shape, device)
+        with _room():
+            self.trial = trial_of(shape, device)
         self.clock = clock or median_s
 
     def prune(self, schedules: Sequence[Schedule], seconds: float) -> dict[Schedule, str | None]:
@@ -262,20 +270,23 @@ class DeviceTimer(Timer):
 
         if self.shape.target.arch != _arch_of(self.device):
             return {}  # compiled for another architecture than it will run on, it says nothing
-        jobs = [aot.launch_job(self.shape.spec, one, self.trial.arguments(one), self.shape.target) for one in schedules]
+        spec, target = self.shape.spec, self.shape.target
+        with _room():
+            jobs = [aot.launch_job(spec, one, self.trial.arguments(one), target) for one in schedules]
         pruned: dict[Schedule, str | None] = {}
         for schedule, found in zip(schedules, aot.compile_within(jobs, seconds), strict=True):
             if isinstance(found, aot.NotInTime):
                 pruned[schedule] = None
             elif isinstance(found, CannotLower):
                 pruned[schedule] = found.found
-            elif problems := found.problems(self.shape.target):
+            elif problems := found.problems(target):
                 pruned[schedule] = "; ".join(problems)
         return pruned
 
     def __call__(self, schedule: Schedule) -> float:
         """Return the median seconds of one call."""
-        return self.clock(self.ready(schedule))
+        with _room():
+            return self.clock(self.ready(schedule))
 
     def ready(self, schedule: Schedule) -> Callable[[], Any]:
         """Return the launch of a schedule, after a first one whose results were compared.
@@ -291,6 +302,17 @@ class DeviceTimer(Timer):
         if not error < _TOLERANCE:
             raise ArithmeticError(f"relative error {error:.1e} against torch")
         return lambda: launch(*arguments)
+
+
+@contextlib.contextmanager
+def _room() -> Iterator[None]:
+    """Raise torch's lack of memory as Python's: a model may fill the device, and timing needs a part of it."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(str(error).partition("\n")[0]) from error
 
 
 def median_s(call: Callable[[], Any]) -> float:

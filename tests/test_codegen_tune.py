@@ -140,6 +140,24 @@ def test_if_all_fail_the_model_chooses_and_nothing_is_kept() -> None:
     assert not SHAPE.path.exists()
 
 
+def test_without_memory_the_model_chooses_and_nothing_is_kept(caplog: pytest.LogCaptureFixture) -> None:
+    def full() -> Stopwatch:
+        raise MemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    class Tight(Stopwatch):
+        def __call__(self, schedule: Schedule) -> float:
+            if schedule == SHAPE.candidates()[0]:
+                raise MemoryError
+            return super().__call__(schedule)
+
+    assert decide(SHAPE, full) == SHAPE.preferred
+    assert "no room beside the model" in caplog.text
+    tune.clear()
+    watch = Tight(fastest=2)
+    assert decide(SHAPE, lambda: watch) == watch.fastest
+    assert not SHAPE.path.exists(), "what had no room may have it another time"
+
+
 def test_a_damaged_file_is_timed_again_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     watch = Stopwatch(fastest=1)
     decide(SHAPE, lambda: watch)
