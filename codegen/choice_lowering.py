@@ -155,12 +155,13 @@ class _Reader:
         self.take(end, starts, between)
         return starts[0].data
 
-    @staticmethod
-    def source(node: fx.Node) -> fx.Node:
-        """Return what a view reads."""
-        found = node.args[0]
-        if not isinstance(found, fx.Node):
-            raise CannotLower(_ASKED, found=f"{node.name} reads no tensor")
+    def source(self, node: fx.Node) -> fx.Node:
+        """Return what a view reads, which has the same rows, of the same experts where they have an axis."""
+        found = node.all_input_nodes[0]
+        before, after = self.value(found).shape, self.value(node).shape
+        keeps = same(before[-1:], after[-1:]) and (len(before) != len(after) or same(before, after))
+        if not keeps or not {len(before), len(after)} <= {2, 3}:
+            raise CannotLower(_ASKED, found=f"{node.name} cuts the rows anew, {tuple(before)} into {tuple(after)}")
         return found
 
     @staticmethod
@@ -252,7 +253,8 @@ class _Reader:
             raise CannotLower(_ASKED, found=f"{take.name} takes tokens by another index than the sum puts them back")
         x = take.all_input_nodes[0]
         self.moves += path
-        if called(x) == "cat":  # a row more, which stands for no token
+        if called(x) == "cat" and same(self.value(x).shape[1:], self.value(x.all_input_nodes[0]).shape[1:]):
+            # A row more, which stands for no token.
             self.moves += [x, *x.all_input_nodes[1:]]
             x = x.all_input_nodes[0]
         counted = recorded(count) if isinstance(count, fx.Node) else count

@@ -29,6 +29,7 @@ _WAYS = (
     "linear",
 )
 
+_RANKINGS = frozenset({"sort", "topk", "argmax"})
 _CONSTANT = frozenset({"zeros_like", "ones_like", "full_like", "zeros", "ones", "full", "arange", "tensor"})
 
 
@@ -37,7 +38,7 @@ def given_experts(group: fx.Node) -> str | None:
     seen, pending, made = {group}, list(group.all_input_nodes), []
     while pending:
         node = pending.pop()
-        if called(node) in ("sort", "topk", "argmax"):
+        if called(node) in _RANKINGS:
             return None
         if node in seen or not is_data(node) or not _is_whole(node):
             continue
@@ -66,8 +67,10 @@ def silent_layers(graph: fx.Graph, root: nn.Module, found: Iterable[Found]) -> l
         nodes = [node for node in graph.nodes if _is_within(_path(node), owner) and is_data(node)]
         if nodes and not any(_is_within(name, owner) for name in names):
             ways = dict.fromkeys(called(node) for node in nodes if called(node) in _WAYS)
-            reason = "no operator of the dialect and no ranking of scores stands in it; torch's own compute it"
-            refused.append(Refusal(owner, nodes[0], f"{reason}: {', '.join(ways) or called(nodes[-1])}", "router"))
+            ranks = any(called(node) in _RANKINGS for node in nodes)
+            none = "reads its ranking" if ranks else "and no ranking of scores stands in it"
+            how = f"torch's own compute it: {', '.join(ways) or called(nodes[-1])}"
+            refused.append(Refusal(owner, nodes[0], f"no operator of the dialect {none}; {how}", "router"))
     return refused
 
 

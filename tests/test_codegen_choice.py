@@ -88,6 +88,8 @@ def by_hand(x: Tensor, w_in: Tensor, w_out: Tensor, index: Tensor, other: Tensor
     z = torch.bmm(rows, weight)
     h = z.softmax(-1) if spoil == "softmax" else F.relu(z)
     h = h + torch.ones(4, 5, 24) if spoil == "joined" else h
+    h = h.view(4, 10, 12).flip(2).reshape(4, 5, 24) if spoil == "regrouped" else h
+    h = h.view(4, 12, 10).reshape(4, 5, 24).sin().view(2, 10, 24).view(4, 5, 24) if spoil == "recut" else h
     y = torch.bmm(h, w_out.mT)
     out = ops.scatter(y.flatten(0, 1), index, torch.ones(20), 18 + (spoil == "size"))
     return out + z.sum() if spoil == "second reader" else out
@@ -101,6 +103,8 @@ def by_hand(x: Tensor, w_in: Tensor, w_out: Tensor, index: Tensor, other: Tensor
         ("layout", r"stored \[E, K, N\]"),
         ("softmax", "softmax|amax"),
         ("joined", "joins the rows"),
+        ("regrouped", "flip|cuts the rows|shape"),
+        ("recut", "cuts the rows anew"),
         ("size", "another number"),
         ("second reader", "outside of the region"),
     ],
