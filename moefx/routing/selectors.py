@@ -353,8 +353,9 @@ def best_of(scores: Tensor, chosen: Tensor, width: int) -> Tensor:
 
 def gumbel(like: Tensor) -> Tensor:
     """Return Gumbel noise in the shape and dtype of ``like``."""
-    # Exponential draws are never 0 after the clamp, so the noise is finite.
-    return -torch.empty_like(like).exponential_().clamp_min(torch.finfo(like.dtype).tiny).log()
+    # By rand: AOTAutograd takes two draws by exponential_ for one, and their difference would be no noise at all.
+    u = torch.rand_like(like).clamp_min(torch.finfo(like.dtype).tiny)
+    return -(-u.log()).log()
 
 
 def stateless(x: Tensor) -> bool:
