@@ -88,7 +88,7 @@ class RouterLowering:
             items = [graph.graph.call_function(operator.getitem, (call, place)) for _, place in pairs]
         for (node, _), item in zip(pairs, items, strict=True):
             item.meta = dict(node.meta)
-            node.replace_all_uses_with(item, delete_user_cb=_reads)
+            node.replace_all_uses_with(item, delete_user_cb=_is_no_noise)
         self.shape_noise(graph.graph)
         for node in reversed((*self.nodes, self.index)):
             if not node.users:
@@ -110,7 +110,7 @@ class RouterLowering:
         position = {node: i for i, node in enumerate(graph.graph.nodes)}
         inside = {*self.nodes, self.index}
         made = [self.index, *(node for node, _ in self.outputs)]
-        readers = (u for n in made for u in n.users if u not in inside and called(u) not in SHAPED_LIKE)
+        readers = (u for n in made for u in n.users if u not in inside and _is_no_noise(u))
         first = min(readers, key=position.__getitem__)
         for node in self.inputs:
             if position[node] > position[first]:
@@ -348,9 +348,13 @@ class _Router:
         return node
 
 
+def _is_no_noise(node: fx.Node) -> bool:
+    return called(node) not in SHAPED_LIKE
+
+
 def _reads(node: fx.Node) -> bool:
     """Whether a node computes with the values of what it reads."""
-    return is_data(node) and called(node) not in SHAPED_LIKE
+    return is_data(node) and _is_no_noise(node)
 
 
 def _dtype(tensor: torch.Tensor) -> str:

@@ -121,6 +121,20 @@ def test_no_number_leaves_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert not seen.waiting, seen.names
 
 
+def test_gates_that_a_region_reads_come_from_the_kernel() -> None:
+    def layer(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
+        logits = F.linear(x, weight)
+        chosen = top_k(logits.detach(), 2)
+        order, offsets = ops.group(chosen, 6)
+        rows = ops.grouped_linear(x, experts, None, order, offsets, 2)
+        return ops.combine(rows, order, logits.gather(-1, chosen).softmax(-1))
+
+    graph = traced(layer, torch.randn(15, 16), torch.randn(6, 16), torch.randn(6, 8, 16))
+    assert replace(graph, lowerings(graph), training=True) == 1
+    names = {str(getattr(node.target, "__name__", node.target)) for node in graph.graph.nodes}
+    assert not any(name in names for name in ("linear.default", "sort.stable", "gather.default", "softmax.int")), names
+
+
 def test_a_lowered_graph_needs_no_values() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
