@@ -91,7 +91,7 @@ def few_rows(kernel: str, device: str, *, parts: bool, swapped: bool) -> Job:
 def test_few_rows_stream_the_weights() -> None:
     """Tiles of 16 rows, whose weights are copied ahead of their products: whole, in parts of K, operands swapped."""
     jobs = {
-        **{(device, "up"): few_rows("up", device, parts=False, swapped=False) for device in DEVICES},
+        **{(device, "up"): few_rows("up", device, parts=False, swapped=False) for device in ("sm_80", "gfx942")},
         **{(device, "down"): few_rows("down", device, parts=True, swapped=False) for device in DEVICES},
         **{(device, "swapped"): few_rows("gated", device, parts=True, swapped=True) for device in ("sm_90", "sm_100")},
     }
