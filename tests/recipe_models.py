@@ -53,7 +53,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Inputs]]] = {
 SMALLER: dict[str, dict[str, Any]] = {
     "gamma-mod": {"dense_first": 0, "dense_last": 0},
     "mixture-of-blocks": {"group": 2, "active": 1},
-    "clear": {"grid": [4, 6]},
+    **{name: {"grid": [4, 6]} for name in ("clear", "vorta")},
     **{name: {"experts": 3, "shared": 1, "top_k": 1} for name in ("cmoe", "dense2moe", "moefx-split")},
     **{name: {"experts": 4, "top_k": 2} for name in ("moefication", "d2dmoe")},
 }
