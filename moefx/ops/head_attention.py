@@ -142,7 +142,8 @@ def head_attention_backward_op(
         dk += ds.mT @ q_
         dq[:, part] = (ds @ k_).transpose(1, 2)
         dgates[:, part] = dgate.squeeze(-1).transpose(1, 2)
-    return dq, *(t.transpose(1, 2).to(q.dtype).contiguous() for t in (dk, dv)), dgates
+    dk, dv = (t.transpose(1, 2).to(q.dtype).contiguous() for t in (dk, dv))
+    return dq, dk, dv, dgates
 
 
 @head_attention_backward_op.register_kernel("cpu")
