@@ -32,7 +32,7 @@ from torch import nn
 
 import moefx
 from moefx.errors import InputError, NothingMatched
-from moefx.passes.rewrite.base import get_pass
+from moefx.passes.rewrite.base import Pass, get_pass
 from moefx.recipes import Recipe, recipes
 from moefx.recipes.base import Rule
 from tests import recipe_models as models
@@ -42,8 +42,15 @@ from tests.trace_support import call, error, tensors
 pytestmark = support.MARKS
 ALL = {recipe.name: recipe for recipe in recipes()}
 LONG = bool(os.environ.get("MOEFX_LONG"))
-# One of each kind of pass: the classes that rewrite networks, attentions, blocks, runs of blocks and whole models.
-KINDS = {get_pass(next(iter(recipe.passes))).__base__: name for name, recipe in reversed(ALL.items())}
+
+
+def kind(recipe: Recipe) -> tuple[type, str]:
+    """Return which class of passes/rewrite/base.py rewrites, and what: networks, attentions, blocks, whole models."""
+    rule = get_pass(next(iter(recipe.passes)))
+    return next(cls for cls in rule.__mro__ if cls.__module__ == Pass.__module__), rule.site_kind
+
+
+KINDS = {kind(recipe): name for name, recipe in reversed(ALL.items())}
 SOME = list(ALL) if LONG else sorted(KINDS.values())
 GRID = [(name, fits) for name in ALL for fits in support.MODELS] if LONG else []
 

@@ -254,7 +254,13 @@ def test_all_blocks_of_a_group_are_the_dense_model() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("recipe", "options"), [("tread", {}), ("mixture-of-blocks", {}), ("mixture-of-blocks", {"capacity": 0.7})]
+    ("recipe", "options"),
+    [
+        ("tread", {}),
+        ("mixture-of-blocks", {}),
+        ("mixture-of-blocks", {"capacity": 0.7}),
+        ("sparsedit", {"side": 2, "dense_first": 1, "dense_last": 1}),
+    ],
 )
 def test_compiles_whole_for_two_batch_sizes(recipe: str, options: dict[str, Any]) -> None:
     torch._dynamo.reset()
