@@ -40,7 +40,7 @@ suite: env ## the test-suite (ARGS="-k name" for a part)
 	$(RUN) pytest -n $(WORKERS) $(ARGS)
 
 long: env ## every recipe on every tiny denoiser, each exported and compiled whole, before a release
-	MOEFX_LONG=1 $(RUN) pytest -n $(WORKERS) tests/test_recipe_contract.py $(ARGS)
+	MOEFX_LONG=1 $(RUN) pytest -n $(WORKERS) tests/test_recipe_contract.py tests/backend_grid.py $(ARGS)
 
 coverage: env ## the test-suite with coverage, which takes longer
 	$(RUN) pytest -n $(WORKERS) --cov --cov-report=term:skip-covered $(ARGS)
