@@ -21,8 +21,8 @@ RECIPE = register_recipe(
         ),
         notes="All FFNs by default (every=2 gives the paper's every other layer); dropless token choice with "
         "renormalised gates, which the paper uses for vision; router N(0, 0.02). One copy per token (top_k=1) ended "
-        "0.44 ± 0.05 % below the loss of the dense model trained equally long on digits, 0.4 % above it on MNIST with a "
-        "sixth of the dense steps (benchmarks/results/quality_upcycle_*.md).",
+        "0.44 ± 0.05 % below the loss of the dense model trained equally long on digits, 0.4 % above it on MNIST with "
+        "a sixth of the dense steps (benchmarks/results/quality_upcycle_*.md).",
         aliases=("upcycling",),
     )
 )
