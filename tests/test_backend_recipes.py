@@ -1,8 +1,8 @@
 """``torch.compile(model, backend="moefx")`` equals eager for a recipe of every family, training and inference.
 
 Every family and every one of five denoisers appears, the costly denoisers with one recipe each and blocks of each kind
-once, so that the file takes three quarters of a minute; ``backend_grid.py`` has all pairs (``make long``). The emitted kernels
-do the same in ``interpreted_models.py``.
+once, so that the file takes three quarters of a minute; ``backend_grid.py`` has all pairs (``make long``). The emitted
+kernels do the same in ``interpreted_models.py``.
 """
 
 from __future__ import annotations
