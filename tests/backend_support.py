@@ -127,7 +127,8 @@ def check(recipe: str, name: str, *, training: bool, options: dict[str, str]) ->
 
 def _compare(compiled: Any, model: nn.Module, eager: nn.Module, name: str, training: bool) -> None:
     for batch in (5, 3):  # sizes that are no other size here: equal ones would share a symbol
-        given = support.inputs(name, batch)
+        # Copies: other tests are given the same tensors, which must not be marked.
+        given = {key: v.clone() if isinstance(v, Tensor) else v for key, v in support.inputs(name, batch).items()}
         for value in given.values():
             if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch:
                 torch._dynamo.mark_dynamic(value, 0)

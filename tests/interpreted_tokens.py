@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import moefx
 from moefx import zoo
-from moefx.codegen import TokenLowering, lowerings, row_gradients, tokens
+from moefx.codegen import Refusal, TokenLowering, lowerings, row_gradients, tokens
 from moefx.codegen.epilogue import trace_pointwise
 from moefx.codegen.kernels import TokenGatherSpec, TokenProgram, TokenScatterSpec
 from moefx.graph.inputs import synthesise
@@ -286,7 +286,9 @@ def test_lowering_is_found_in_a_dynamo_graph_only_where_a_norm_reads() -> None:
     given = (torch.randn(2, 9, 24), torch.randn(2, 9), torch.randn(2, 72))
     torch.compiler.reset()
     torch.compile(Block(True, "layer"), backend=keep, fullgraph=True)(*given)
-    gather, scatter = lowerings(graphs[0])
+    ranking, gather, scatter = lowerings(graphs[0])
+    assert isinstance(ranking, Refusal)
+    assert "ranks tokens" in ranking.reason
     assert isinstance(gather, TokenLowering)
     assert isinstance(scatter, TokenLowering)
     assert gather.spec.program.operands == ("column", "column", "sample", "sample")

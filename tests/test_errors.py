@@ -160,7 +160,9 @@ CASES: dict[str, Case] = {
     # recipes, passes, seed
     "unknown recipe": (dit, {"recipe": "sparse-upcyclng"}, OptionError, ("did you mean 'sparse-upcycling'?", "known:")),
     "recipe empty": (dit, {"recipe": ""}, OptionError, ("''", "known:")),
-    "recipe a list": (dit, {"recipe": ["sparse-upcycling"]}, OptionError, ("list",)),
+    "recipes of numbers": (dit, {"recipe": [3]}, OptionError, ("3",)),
+    "no recipes": (dit, {"recipe": []}, OptionError, ("[]",)),
+    "unknown in recipes": (dit, {"recipe": ["mod", "sparse-upcyclng"]}, OptionError, ("did you mean",)),
     "passes a string": (dit, {"passes": "upcycle"}, OptionError, ("'upcycle'", "list")),
     "passes a number": (dit, {"passes": 3}, OptionError, ("3", "list")),
     "no passes": (dit, {"passes": []}, OptionError, ("[]", "non-empty")),
