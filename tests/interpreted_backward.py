@@ -105,9 +105,9 @@ def test_gated() -> None:
     check(Region(19, 2, 3, 24, 2 * 35, "dropped", "float32"), swiglu)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])
+@settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
-    tokens=st.sampled_from([1, 2, 7, 31, 67]),
+    tokens=st.sampled_from([1, 2, 7, 31]),
     slots=st.integers(1, 3),
     experts=st.sampled_from([3, 5, 11]),
     width=st.sampled_from([1, 3, 17, 64, 71]),

@@ -47,7 +47,12 @@ def plan(model: Net, ranks: int) -> Placement:
 
 
 def exchanges(graph: fx.Graph) -> list[Any]:
-    return [node for node in graph.nodes if "all_to_all_single" in str(node.target)]
+    """Return the exchanges of a layer; each is waited for once, and the experts run grouped."""
+    names = [str(node.target) for node in graph.nodes]
+    found = [node for node in graph.nodes if "all_to_all_single" in str(node.target)]
+    assert sum("wait_tensor" in name for name in names) == len(found)
+    assert sum("grouped" in name for name in names) == 2
+    return found
 
 
 def one_rank(rank: int, ranks: int) -> dict[str, Any]:

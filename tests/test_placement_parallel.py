@@ -1,9 +1,8 @@
 """Expert parallelism over two gloo processes equals one process; refusals reach every rank."""
 
+import contextlib
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 import moefx
+from examples import expert_parallel
 from examples.dit import DiT
 from moefx.errors import InputError, PlanError
 from moefx.parallel import parallel_layers, parallelize
@@ -18,19 +18,8 @@ from moefx.passes.placement import Budget, ModelDims, RoutingTrace, Topology, pl
 from tests import placement_worker
 from tests.ranks import run
 
-ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2
-TIMEOUT_S = 120
 EQUAL = {"double": 1e-12, "single": 1e-5}
-
-
-def torchrun(script: Path, *arguments: str, ranks: int = RANKS) -> subprocess.CompletedProcess[str]:
-    """Run a script on several processes of this machine; the port is free because torchrun picks it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [*command, str(script), *arguments], env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
-    )
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +83,16 @@ def test_a_refusal_reaches_every_rank(results: dict[str, dict[str, Any]], reason
         assert says in results["refusals"][f"{reason}@{rank}"]
 
 
-def test_the_example_ends_with_equality() -> None:
-    done = torchrun(ROOT / "examples" / "expert_parallel.py")
-    assert done.returncode == 0, done.stdout + done.stderr
-    last = done.stdout.strip().splitlines()[-1]
-    assert last.startswith("2 processes equal one process"), done.stdout
+def example(folder: Path) -> None:
+    """Run the example as a rank, its output into a file."""
+    with (folder / os.environ["RANK"]).open("w") as out, contextlib.redirect_stdout(out):
+        assert expert_parallel.main([]) == 0
+
+
+def test_the_example_ends_with_equality(tmp_path: Path) -> None:
+    run(example, RANKS, tmp_path)
+    printed = (tmp_path / "0").read_text().strip()
+    assert printed.splitlines()[-1].startswith("2 processes equal one process"), printed
 
 
 def routed_dit() -> torch.nn.Module:
