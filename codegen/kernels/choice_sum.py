@@ -170,7 +170,7 @@ def kernel(
     token = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * {{ columns }} + tl.arange(0, {{ columns }})
     total = tl.zeros(({{ columns }},), tl.float32)
-    for expert in range(0, experts):
+    for expert in range(experts):
         row = tl.load(first_ptr + token * experts + expert)
         while row >= 0:
             value = tl.load(rows_ptr + row.to(tl.int64) * {{ n }} + col{{ other }}).to(tl.float32)

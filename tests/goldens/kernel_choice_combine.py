@@ -23,7 +23,7 @@ def kernel(
     token = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * 1024 + tl.arange(0, 1024)
     total = tl.zeros((1024,), tl.float32)
-    for expert in range(0, experts):
+    for expert in range(experts):
         row = tl.load(first_ptr + token * experts + expert)
         while row >= 0:
             value = tl.load(rows_ptr + row.to(tl.int64) * 1152 + col, mask=col < 1152, other=0.0).to(tl.float32)
