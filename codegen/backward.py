@@ -325,11 +325,34 @@ def region_backward_op(
     return _loaded_backward(key, target_of(x.device), load, experts)(grad, tensors, saved, wants)
 
 
-@region_backward_op.register_fake
-def _(
-    grad: Tensor, tensors: Sequence[Tensor], saved: Sequence[Tensor], key: str, wants: Sequence[bool]
-) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t, wanted in zip(tensors, wants, strict=True) if wanted]
+def differentiate_by(train_op: Any, backward_op: Any, what: str) -> None:
+    """Make ``train_op(tensors, key)`` differentiable once by ``backward_op(grad, tensors, saved, key, wants)``.
+
+    The first result of ``train_op`` is differentiable, the others are what is saved; ``what`` is named in the error.
+    """
+
+    def fake(
+        grad: Tensor, tensors: Sequence[Tensor], saved: Sequence[Tensor], key: str, wants: Sequence[bool]
+    ) -> list[Tensor]:
+        return [t.new_empty(t.shape) for t, wanted in zip(tensors, wants, strict=True) if wanted]
+
+    def gradient(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[list[Tensor | None], None]:
+        tensors, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        if grads[0] is None:
+            return [None] * ctx.count, None
+        found = iter(backward_op(grads[0], list(tensors), list(saved), ctx.key, ctx.wants))
+        return [next(found) if wanted else None for wanted in ctx.wants], None
+
+    def second_derivative(ctx: Any, *grads: Any) -> None:
+        raise MoefxError(
+            f"the second derivative of {what} was asked for",
+            found="a backward pass through its gradient (create_graph=True)",
+            do='differentiate once, or compile with options={"kernels": "off"}',
+        )
+
+    backward_op.register_fake(fake)
+    train_op.register_autograd(gradient, setup_context=_setup_context)
+    backward_op.register_autograd(second_derivative)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Sequence[Tensor], str], output: Sequence[Tensor]) -> None:
@@ -341,21 +364,4 @@ def _setup_context(ctx: Any, inputs: tuple[Sequence[Tensor], str], output: Seque
     ctx.save_for_backward(*tensors, *output[1:])
 
 
-def _gradient(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[list[Tensor | None], None]:
-    tensors, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-    if grads[0] is None:
-        return [None] * ctx.count, None
-    found = iter(region_backward_op(grads[0], list(tensors), list(saved), ctx.key, ctx.wants))
-    return [next(found) if wanted else None for wanted in ctx.wants], None
-
-
-def _second_derivative(ctx: Any, *grads: Any) -> None:
-    raise MoefxError(
-        "the second derivative of a lowered region was asked for",
-        found="a backward pass through its gradient (create_graph=True)",
-        do='differentiate once, or compile with options={"kernels": "off"}',
-    )
-
-
-region_train_op.register_autograd(_gradient, setup_context=_setup_context)
-region_backward_op.register_autograd(_second_derivative)
+differentiate_by(region_train_op, region_backward_op, "a lowered region")

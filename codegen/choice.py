@@ -28,7 +28,6 @@ from moefx.codegen.row_gradients import row_gradients
 from moefx.codegen.runtime import Combine, LoadedRegion, rows_of
 from moefx.codegen.schedule import load_class
 from moefx.codegen.targets import Target, target_of
-from moefx.errors import MoefxError
 
 _SPECS: dict[str, ChoiceSpec] = {}
 
@@ -224,37 +223,4 @@ def _through_sum(spec: ChoiceSpec, grad: Tensor, rows: Tensor, tensors: Sequence
     return rows_grad, weights_grad
 
 
-@choice_backward_op.register_fake
-def _(
-    grad: Tensor, tensors: Sequence[Tensor], saved: Sequence[Tensor], key: str, wants: Sequence[bool]
-) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t, wanted in zip(tensors, wants, strict=True) if wanted]
-
-
-def _setup_context(ctx: Any, inputs: tuple[Sequence[Tensor], str], output: Sequence[Tensor]) -> None:
-    tensors, ctx.key = inputs
-    ctx.count = len(tensors)
-    ctx.wants = list(ctx.needs_input_grad[: ctx.count])  # flat: one entry per tensor of the list
-    # What was saved has no gradient of its own; zeros in its place would be as large.
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output[1:])
-
-
-def _gradient(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[list[Tensor | None], None]:
-    tensors, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-    if grads[0] is None:
-        return [None] * ctx.count, None
-    found = iter(choice_backward_op(grads[0], list(tensors), list(saved), ctx.key, ctx.wants))
-    return [next(found) if wanted else None for wanted in ctx.wants], None
-
-
-def _second_derivative(ctx: Any, *grads: Any) -> None:
-    raise MoefxError(
-        "the second derivative of a lowered expert choice was asked for",
-        found="a backward pass through its gradient (create_graph=True)",
-        do='differentiate once, or compile with options={"kernels": "off"}',
-    )
-
-
-choice_train_op.register_autograd(_gradient, setup_context=_setup_context)
-choice_backward_op.register_autograd(_second_derivative)
+backward.differentiate_by(choice_train_op, choice_backward_op, "a lowered expert choice")
