@@ -55,7 +55,7 @@ def measure(name: str, config: dict[str, Any], *, device: str, verify: bool, **o
     report = model.moefx.report
     grown = report.plan.cost.bytes_after - report.plan.cost.bytes_before
     return {
-        "model": f"{name} on {device}",
+        "model": f"{name} on {device}, {report.plan.recipe}",
         "sites": len(report.plan.sites),
         "total_s": total,
         **{f"{stage}_s": seconds for stage, seconds in report.seconds.items()},
@@ -96,6 +96,7 @@ def main() -> None:
     torch.manual_seed(0)
     rows = [
         measure("FluxTransformer2DModel", FLUX_1, device="meta", verify=False),
+        measure("FluxTransformer2DModel", FLUX_1, device="meta", verify=False, recipe="dydit"),
         measure("DiTTransformer2DModel", DIT_XL_2, device="cpu", verify=False, experts=2, top_k=1),
         measure("DiTTransformer2DModel", DIT_XL_2, device="cpu", verify=True, experts=2, top_k=1),
     ]

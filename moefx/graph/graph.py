@@ -32,6 +32,7 @@ class Graph:
         guards: facts under which the graph equals the model, in program order; checked when the graph runs.
         calls: the module invocations that the trace went through, innermost first.
         constants: tensors that the model holds outside its parameters and buffers.
+        reads_mode: whether the trace asked the root, not its children, if it is in train or in eval mode.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Graph:
         constants: dict[str, torch.Tensor] | None = None,
         notes: Iterable[str] = (),
         written: Iterable[Written] = (),
+        reads_mode: bool = False,
     ) -> None:
         self.root, self.fx = root, fx
         self.call_spec, self.out_spec = call_spec, out_spec
@@ -53,6 +55,7 @@ class Graph:
         self.constants = dict(constants or {})
         self.notes = list(notes)
         self.written = list(written)
+        self.reads_mode = reads_mode
         self.modes = {path: root.get_submodule(path).training for path in ["", *(call.path for call in self.calls)]}
         self.version = 0
         self.facts: dict[str, Any] = {}
@@ -193,6 +196,7 @@ class Graph:
             constants=self.constants,
             notes=self.notes,
             written=self.written,
+            reads_mode=self.reads_mode,
         )
 
     def _last_uses(self) -> dict[Node, list[Node]]:

@@ -77,6 +77,7 @@ def patched(tracer: GuidedTracer) -> Iterator[None]:
     with _LOCK:
         try:
             _patch_modules(replace, active, tracer)
+            _watch_mode(undo, active, tracer)
             functions = _patch_functions(replace, active, tracer)
             _patch_user_imports(replace, functions, tracer)
             if tracer.symbolic_int:
@@ -114,6 +115,28 @@ def _patch_modules(replace: Callable[..., None], active: Callable[[], bool], tra
     replace(nn.Module, "__call__", traced_call)
     replace(nn.Module, "__setattr__", traced_setattr)
     replace(nn.Module, "__getattr__", traced_getattr)
+
+
+def _watch_mode(undo: list[Callable[[], None]], active: Callable[[], bool], tracer: GuidedTracer) -> None:
+    """Notice whether anything asks the root for its own mode, which only a property of its class can see."""
+    kind = type(tracer.root)
+    if hasattr(kind, "training"):
+        tracer.reads_mode = True
+        return
+
+    def read(module: nn.Module) -> Any:
+        if module is tracer.root and active():
+            tracer.reads_mode = True
+        try:
+            return module.__dict__["training"]
+        except KeyError:
+            raise AttributeError("training") from None
+
+    def write(module: nn.Module, value: bool) -> None:
+        module.__dict__["training"] = value
+
+    undo.append(lambda: delattr(kind, "training"))
+    setattr(kind, "training", property(read, write))  # noqa: B010 - instances alone have it to mypy
 
 
 def _patch_functions(replace: Callable[..., None], active: Callable[[], bool], tracer: GuidedTracer) -> dict[int, Any]:

@@ -117,6 +117,7 @@ def _trace(
         constants=tracer.constants,
         notes=notes,
         written=written,
+        reads_mode=tracer.reads_mode,
     )
     graph.prune()
     graph.fx.lint()

@@ -68,6 +68,7 @@ class GuidedTracer:
         self.autocasts: list[tuple[str, torch.dtype, bool]] = []
         self.paused = False
         self.symbolic_int = False
+        self.reads_mode = False
         self.made: list[weakref.ref[Any]] = []
         self._fake = mode or FakeTensorMode(allow_non_fake_inputs=True)
         self._scope: list[tuple[str, int]] = [("", 0)]

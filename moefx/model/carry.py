@@ -17,8 +17,9 @@ from torch.fx import Node
 
 from moefx.errors import CaptureError, PlanError
 from moefx.graph import Graph, ModuleCall
+from moefx.model.captures import Captures
 from moefx.model.forward import make_forward
-from moefx.model.local import JSON, call_inputs, encode, local_graph
+from moefx.model.local import JSON, call_inputs, encode
 from moefx.model.plan import CarriedPlan, CarrierPlan, SitePlan, TapPlan
 from moefx.model.taps import choose_tap
 from moefx.passes.analysis import Facts
@@ -224,7 +225,7 @@ class Carrying:
                 raise PlanError("pass a value on", found=found, do="skip this site")
             inputs = call_inputs(calls[0]) if path else root_inputs(self.graph)
             try:
-                local = local_graph(self.graph.root.get_submodule(path), inputs, "children")
+                local = Captures.of(self.graph).see(path, inputs)
                 make_forward(local)
             except (CaptureError, PlanError) as error:
                 where = repr(path) if path else type(self.graph.root).__name__

@@ -88,6 +88,8 @@ def local_graph(
         CaptureError: the module cannot be captured alone, or behaves otherwise in training.
     """
     graph = _capture(module, inputs, leaf, expand)
+    if not graph.reads_mode:
+        return graph
     was = module.training
     try:
         _set_mode(module, not was)
@@ -198,7 +200,7 @@ def _capture(module: nn.Module, inputs: JSON, leaf: Literal["nn", "children"], e
     call = example_call(module, inputs, FakeTensorMode(allow_non_fake_inputs=True))
     with _buffers_on_meta(module):
         graph = trace(module, call, leaf=leaf, expand=expand)
-        if not graph.guards:
+        if not any(type(guard.expected) in (int, float) for guard in graph.guards):
             return graph
         # A forward that is written anew should serve other sizes, which int() of one hides from the graph.
         other = trace(module, call, leaf=leaf, expand=expand, symbolic_int=True)

@@ -8,9 +8,10 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from moefx.graph import Graph, ModuleCall
+from moefx.model.captures import Captures
 from moefx.model.carry import Carrying, below, root_inputs
 from moefx.model.forward import make_forward
-from moefx.model.local import call_inputs, encode, local_graph
+from moefx.model.local import call_inputs, encode
 from moefx.model.plan import TapPlan
 from moefx.model.realise import find_site
 from moefx.model.taps import OF_ATTENTION, attention_over_text, choose_tap
@@ -85,7 +86,7 @@ def _plan_block(facts: Facts, rule: Pass, site: Site, path: str, carrying: Carry
     inputs = call_inputs(calls[0]) if path else root_inputs(graph)
     inline = not (site.region_is_module and site.kind == "ffn")
     expand = _expand(graph, site, path) if inline else _expand_attention(graph, facts, rule, path)
-    local = local_graph(graph.root.get_submodule(path), inputs, "children", expand)
+    local = Captures.of(graph).see(path, inputs, expand)
     make_forward(local)
     if inline:
         entry = find_site(local, path, site.kind, weight_names(site)).operands.get("x")
@@ -149,8 +150,7 @@ def _argument_taps(
     facts: Facts, rule: Pass, where: dict[str, Any], call: ModuleCall | None, carrying: Carrying
 ) -> tuple[TapPlan, ...]:
     """Find the taps of a pass over a whole block among its arguments, or around it: there before its tokens are."""
-    block = facts.graph.root.get_submodule(where["block"])
-    local = local_graph(block, where["block_inputs"], "children", where["expand"])
+    local = Captures.of(facts.graph).see(where["block"], where["block_inputs"], where["expand"])
     taps = []
     for name in rule.taps:
         node = choose_tap(name, facts, call, local)

@@ -19,6 +19,7 @@ from moefx.errors import PlanError
 from moefx.graph import Graph
 from moefx.graph.splice import Splice
 from moefx.graph.verify import verify_graph
+from moefx.model.captures import Captures
 from moefx.model.forward import Forward, has_own_forward, make_forward
 from moefx.model.install import Change, child_named, set_child
 from moefx.model.local import JSON, checkpointed_children, empty_dicts, encode, local_graph, output_flag
@@ -50,6 +51,7 @@ class _Shared:
     rules: dict[str, Pass]
     seed: int
     wiring: Wiring
+    captures: Captures
     common: dict[str, Any] = field(default_factory=dict)
 
 
@@ -71,9 +73,9 @@ def build_pass(plan: Plan, name: str) -> Pass:
 
 
 def realise(
-    model: nn.Module, plan: Plan, calibration: Calibration | None = None
+    model: nn.Module, plan: Plan, calibration: Calibration | None = None, captures: Captures | None = None
 ) -> tuple[list[Change], list[Realised]]:
-    """Build everything that ``plan`` asks for.
+    """Build everything that ``plan`` asks for, from the ``captures`` that planning made if it did so just now.
 
     Raises:
         PlanError: the model is not the one that was planned.
@@ -91,7 +93,7 @@ def realise(
             change, made = _replace_module(model, site, rule, plan.seed)
             changes.append(change)
             built.append(made)
-    shared = _Shared(rules, plan.seed, Wiring(plan))
+    shared = _Shared(rules, plan.seed, Wiring(plan), captures or Captures(model))
     blocks = [s for s in plan.sites if s.tier == "block"]
     for path in sorted({s.block or "" for s in blocks} | set(shared.wiring.inputs)):
         made_changes, mades = _rewrite_block(model, path, [s for s in blocks if (s.block or "") == path], shared)
@@ -209,7 +211,7 @@ def _rewrite_block(
     inputs = plans[0].block_inputs if plans else shared.wiring.inputs[path]
     assert inputs is not None
     expand = {path for plan in plans for path in plan.expand}
-    graph = local_graph(module, inputs, "children", expand)
+    graph = shared.captures.take(path, inputs, expand)
     empty, flag = empty_dicts(module, inputs, graph, expand), output_flag(module, inputs, graph, expand)
     checkpointed = checkpointed_children(module, inputs, expand)
     before, read = _targets(graph, "call_module"), _targets(graph, "get_attr")

@@ -13,6 +13,7 @@ from moefx.errors import InputError, MoefxWarning, PlanError, VerifyError
 from moefx.graph import Graph, trace
 from moefx.graph.signature import Inputs
 from moefx.model.budget import within_budget
+from moefx.model.captures import Captures
 from moefx.model.diffusers import as_saved_class
 from moefx.model.handle import ATTRIBUTE, Applied, Handle, applied_passes, handle_of
 from moefx.model.install import apply_changes, undo_changes
@@ -139,7 +140,7 @@ def transform_model(
     with clock.stage("verify"):
         before = run_dense(model, *call) if whole else []
     with clock.stage("rewrite"):
-        changes, built = realise(model, plan, calibration)
+        changes, built = realise(model, plan, calibration, Captures.of(graph))
     with clock.stage("verify"):
         checks = [*check_sites(built, seed), *check_blocks(model, plan, changes, built, seed)] if whole else []
     # Before anything is changed: warnings may be errors.

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from moefx.errors import CaptureError
 from moefx.graph import Graph, ModuleCall
+from moefx.model.captures import Captures
 from moefx.model.forward import make_forward
 from moefx.model.local import JSON, call_inputs, encode, local_graph
 from moefx.model.plan import TapPlan
@@ -64,7 +65,7 @@ def plan_whole_block(facts: Facts, site: Site, call: ModuleCall | None, opened: 
     if key not in known:
         known[key] = _Block(facts, site, call, inputs).layout(output, opened)
     else:
-        make_forward(local_graph(graph.root.get_submodule(site.path), inputs, "children", known[key][1]))
+        make_forward(Captures.of(graph).see(site.path, inputs, known[key][1]))
     layout, expand = known[key]
     return {"block": site.path, "block_inputs": inputs, "tokens": layout, "expand": expand}
 
@@ -87,7 +88,7 @@ def plan_segment(
     if owner and len(calls) != 1:
         raise NotByToken(f"{owner!r} is called {len(calls)} times in one forward")
     inputs = call_inputs(calls[0]) if owner else root_inputs
-    local = local_graph(facts.graph.root.get_submodule(owner), inputs, "children")
+    local = Captures.of(facts.graph).see(owner, inputs)
     make_forward(local)
     blocks = []
     for site in sites:
@@ -179,7 +180,7 @@ class _Block:
         """Return the layout, and the children that have to be written out for it, those in ``opened`` at least."""
         expand: set[str] = set(opened)
         for _ in range(_MOST_EXPANSIONS):
-            one = local_graph(self.module, self.inputs, "children", expand)
+            one = Captures.of(self.facts.graph).see(self.site.path, self.inputs, expand)
             two = self._grown(expand)
             stream, following = self._placeholders(one)
             try:
