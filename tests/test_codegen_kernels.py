@@ -44,6 +44,7 @@ def interpret(script: str, cache: Path, *more: str) -> None:
     [
         (
             "interpreted_kernels.py",
+            "interpreted_tokens.py",
             "interpreted_attention.py",
             "interpreted_tma.py",
             "interpreted_few_rows.py",

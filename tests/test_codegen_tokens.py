@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,14 +17,6 @@ from moefx.codegen.spec import Kernel
 from moefx.graph import trace
 from moefx.routing.tokens import gather_tokens, put_tokens
 from tests.codegen_support import DEVICES, needs_triton
-from tests.test_codegen_kernels import interpret, why_no_interpreter
-
-
-@pytest.mark.skipif(why_no_interpreter() is not None, reason=str(why_no_interpreter()))
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_in_the_interpreter(tmp_path: Path) -> None:
-    interpret("interpreted_tokens.py", tmp_path)
 
 
 def modulated(width: int = 1152) -> TokenProgram:

@@ -49,11 +49,6 @@ def test_on_models(recipe: str, name: str) -> None:
         support.check_learns(model, name, training=training, routers=recipe != "diffmoe" or training)
 
 
-@pytest.mark.parametrize("recipe", SMALL)
-def test_a_layer_compiles_once(recipe: str) -> None:
-    support.check_compiles(realised(recipe, DIT), DIT)
-
-
 def routes_ffns(name: str) -> bool:
     return any(isinstance(rule.options, RoutingOptions) for rule in build_passes(get_recipe(name).passes, {}))
 

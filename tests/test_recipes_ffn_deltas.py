@@ -55,11 +55,6 @@ def test_on_models(recipe: str, name: str) -> None:
         support.check_learns(model, name, training=training, routers=recipe != "ppap")
 
 
-@pytest.mark.parametrize("recipe", SMALL)
-def test_a_layer_compiles_once(recipe: str) -> None:
-    support.check_compiles(stirred(support.realised(recipe, DIT, **SMALL[recipe])), DIT)
-
-
 def layer_of(recipe: str, **options: Any) -> Any:
     """Return one routed layer in float64 with experts that differ and a decided router."""
     model = stirred(support.realised(recipe, DIT, **SMALL[recipe] | options))

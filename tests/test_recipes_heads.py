@@ -198,14 +198,3 @@ def test_shares_of_heads_and_illegal_options() -> None:
     for options in ({"shared_heads": 1.5}, {"router_input": "timestep", "shared_heads": 1}):
         with pytest.raises(OptionError, match=r"shared_heads|budget"):
             moefx.plan(zoo.tiny("DiTTransformer2DModel"), recipe="moh", **options)
-
-
-def test_compiles_whole_for_two_batch_sizes() -> None:
-    model = dit()
-    moefx.transform(model, INPUTS, recipe="dydit", groups=4)
-    block = model.blocks[0]
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for batch in (2, 3):
-            x, c = torch.randn(batch, 16, 64).double(), torch.randn(batch, 64).double()
-            torch.testing.assert_close(compiled(x, c), block(x, c))

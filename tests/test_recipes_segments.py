@@ -256,8 +256,6 @@ def test_all_blocks_of_a_group_are_the_dense_model() -> None:
 @pytest.mark.parametrize(
     ("recipe", "options"),
     [
-        ("tread", {}),
-        ("mixture-of-blocks", {}),
         ("mixture-of-blocks", {"capacity": 0.7}),
         ("sparsedit", {"side": 2, "dense_first": 1, "dense_last": 1}),
     ],
