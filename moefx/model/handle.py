@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -72,6 +73,12 @@ class Handle:
     ) -> AbstractContextManager[list[str]]:
         """Let routed layers choose otherwise for a while; see :func:`moefx.routing.override.override`."""
         return override(self._model, top_k=top_k, ranks=ranks, experts=experts, layers=layers)
+
+    def retarget(self, inputs: Inputs = None, *, dense: nn.Module | None = None, **options: Any) -> None:
+        """Change options for good that need no other parameters, such as ``top_k``; see `moefx.model.retarget`."""
+        from moefx.model.retarget import retarget
+
+        retarget(self._model, inputs, dense=dense, **options)
 
     def graph(self, inputs: Inputs = None) -> Graph:
         """Trace the model as it is now; routed modules are leaves."""
