@@ -147,3 +147,26 @@ def test_what_cannot_be_is_refused_and_nothing_changes(options: dict[str, Any], 
     assert torch.equal(model(*example()), was)
     assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
     assert model.moefx.report.plan.passes[0].options["top_k"] == 2
+
+
+def test_experts_that_are_elsewhere_are_refused() -> None:
+    model = moefx.transform(zoo.tiny(DIT), experts=4)
+    moefx.offload(model, "320KB")
+    with pytest.raises(PlanError, match=r"(?s)streamed from files.*retarget first"):
+        model.moefx.retarget(top_k=1)
+    moefx.onload(model)
+    model.moefx.retarget(top_k=1)
+
+
+def test_a_model_without_routing_and_one_with_a_budget_are_refused() -> None:
+    from moefx.model.retarget import retarget
+
+    with pytest.raises(PlanError, match="it was not transformed"):
+        retarget(zoo.tiny(DIT), top_k=1)
+    model = moefx.transform(zoo.tiny(DIT), experts=4)
+    plan = model.moefx.report.plan
+    sites = tuple(site.model_copy(update={"options": {"top_k": 2}}) for site in plan.sites)
+    report = model.moefx.report.model_copy(update={"plan": plan.model_copy(update={"sites": sites})})
+    model.moefx.applied[-1].report = report
+    with pytest.raises(PlanError, match="another budget"):
+        model.moefx.retarget(top_k=1)

@@ -26,6 +26,8 @@ from moefx.model.report import Report
 from moefx.model.transform import Clock, attach, plan_model, untransform_model
 from moefx.passes.rewrite.base import Pass, get_pass
 
+_PLACED = ("moefx.parallel", "moefx.offloading")
+
 
 def retarget(model: nn.Module, inputs: Inputs = None, *, dense: nn.Module | None = None, **options: Any) -> nn.Module:
     """Give the passes that made ``model`` other options, in place, and return it.
@@ -40,14 +42,18 @@ def retarget(model: nn.Module, inputs: Inputs = None, *, dense: nn.Module | None
         options: options that need no other parameters, such as ``top_k=1``; each goes to every pass that has it.
 
     Raises:
-        PlanError: the model was not transformed, or a budget chose the options of its sites.
+        PlanError: the model was not transformed, its experts are placed elsewhere, a budget chose the options of its
+            sites, or ``dense`` is missing.
         OptionError: no pass has such an option, it is impossible, or it needs other parameters; nothing was changed.
-        InputError: ``dense`` is missing.
     """
     handle = handle_of(model)
     asked = f"retarget {type(model).__name__} to {', '.join(f'{k}={v!r}' for k, v in options.items()) or 'nothing'}"
     if handle is None:
         raise PlanError(asked, found="it was not transformed", do="pass what moefx.transform returned")
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith(_PLACED):
+            do = "retarget first, then parallelize or offload"
+            raise PlanError(asked, found=f"{name} is divided among processes or streamed from files", do=do)
     rules = [_rules(plan, options, asked) for plan in handle.plans]
     _check_known(handle.plans, options, asked)
     undoable = dense is None and all(applied.undos is not None for applied in handle.applied)
