@@ -85,16 +85,6 @@ def rmoe() -> Any:
     return realised("rmoe", DIT, experts=4, state_width=8)
 
 
-def test_state_in_compiled_and_exported_models(rmoe: Any) -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(rmoe, fullgraph=True, backend="aot_eager", dynamic=True)
-    for batch in (2, 3, 4):
-        with torch._dynamo.config.patch(error_on_recompile=batch > 2), torch.no_grad():
-            assert error(call(compiled, inputs(DIT, batch)), call(rmoe, inputs(DIT, batch))) < 1e-5
-    program = torch.export.export(rmoe, (), inputs(DIT), strict=False)
-    assert error(call(program.module(), inputs(DIT)), call(rmoe, inputs(DIT))) < 1e-5
-
-
 @pytest.mark.parametrize("name", [DIT, SD3])
 def test_state_under_gradient_checkpointing(name: str) -> None:
     model = realised("sparse-upcycling", name, experts=4, state="recurrent", state_width=8, noise=0.1)

@@ -54,13 +54,12 @@ def test_router_learns_and_skipped_tokens_pass_gradients() -> None:
     assert gradient.abs().sum() > 0
 
 
-def test_trace_compile_and_undo() -> None:
+def test_trace_and_undo() -> None:
     model, inputs = _dit()
     dense = copy.deepcopy(model)
     transform(model, inputs, recipe="mixture-of-depths", capacity=0.5, router_std=1.0, max_error=10.0)
     out = model(*inputs)
     torch.testing.assert_close(trace(model, inputs)(*inputs), out)
-    torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(*inputs), out)
     untransform(model)
     assert torch.equal(model(*inputs), dense(*inputs))
 

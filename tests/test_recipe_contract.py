@@ -8,10 +8,9 @@ Each recipe, at its defaults, on the first small model that takes it:
 - it survives saving and loading to the bit;
 - `torch.export` and `torch.compile(fullgraph=True)` see one graph, which serves other batch sizes and sampler steps.
 
-The last is slow, so `make test` does it for one recipe of each kind of pass, and sequences of one token likewise;
-`make long` does both for all, and tries every recipe on every tiny denoiser, where it is realised or refused
-with the reason. What a recipe cannot keep is in its file (`Recipe.waives`, `Choices.router`,
-`Choices.batch_invariant`), with the reason, and in the docs.
+Sequences of one token `make test` tries for one recipe of each kind of pass; `make long` does for all, and tries every
+recipe on every tiny denoiser, where it is realised or refused with the reason. What a recipe cannot keep is in its file
+(`Recipe.waives`, `Choices.router`, `Choices.batch_invariant`), with the reason, and in the docs.
 
 Elsewhere: equations and exact starts in test_recipe*.py, test_split_recipes.py and test_mixture_of_*.py; the ends of
 every range in test_routing_properties.py and test_routing_edges.py; denoisers one by one in the `test_on_models` of
@@ -66,7 +65,7 @@ def test_it_learns_alone_without_the_host_and_survives_a_save(name: str, tmp_pat
     check_saved(model, fits, tmp_path)
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", ALL)
 def test_one_graph(name: str) -> None:
     fits, model = models.first_fit(ALL[name])
     check_graph(ALL[name], models.stir(model), fits)

@@ -286,16 +286,6 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert torch.equal(moefx.load(tmp_path)(**inputs)[0], model(**inputs)[0])
 
 
-def test_compiles_whole_for_two_batch_sizes() -> None:
-    layer = routed().eval()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for batch in (3, 5):  # not 2, the number of heads: equal sizes share a symbol
-            q, k, v = (torch.randn(batch, 2, 12, 8, dtype=torch.float64) for _ in range(3))
-            t = torch.rand(batch).double() * 1000
-            torch.testing.assert_close(compiled(q, k, v, t), layer(q, k, v, t))
-
-
 def test_nonsense_is_refused() -> None:
     with pytest.raises(OptionError, match="fall back"):
         moefx.plan(zoo.tiny("DiTTransformer2DModel"), recipe="vorta", mechanisms=["window", "full"])
