@@ -5,7 +5,7 @@ Each recipe, at its defaults, on the first small model that takes it:
 - its router learns from a task loss in training and in evaluation mode, or has nothing to learn, as its row says;
 - a sample's result does not depend on its batch, or its row says that it does, and then it does;
 - no value of the routed path reaches the host, forward and backward: tensors on meta have none;
-- it survives saving and loading to the bit;
+- it survives saving and loading to the bit, and being made once more with the options it has;
 - `torch.export` and `torch.compile(fullgraph=True)` see one graph, which serves other batch sizes and sampler steps.
 
 Sequences of one token `make test` tries for one recipe of each kind of pass; `make long` does for all, and tries every
@@ -63,6 +63,7 @@ def test_it_learns_alone_without_the_host_and_survives_a_save(name: str, tmp_pat
     check_batch(recipe, model, models.MODELS[fits][1](4))
     check_host(recipe, model, models.MODELS[fits][1](4))
     check_saved(model, fits, tmp_path)
+    check_retarget(model, fits)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -164,6 +165,17 @@ def check_saved(model: nn.Module, fits: str, folder: Path) -> None:
     inputs = models.MODELS[fits][1](3)
     # Loaded tensors may be aligned otherwise, and products then sum in another order.
     assert error(call(loaded, inputs), call(model, inputs)) < 1e-6
+
+
+def check_retarget(model: nn.Module, fits: str) -> None:
+    """Made once more with an option that it has, it is the same model."""
+    inputs, plan = models.MODELS[fits][1], model.moefx.report.plan
+    name, value = next(iter(plan.passes[0].options.items()))
+    wanted, keys = tensors(call(model, inputs(3))), list(model.state_dict())
+    model.moefx.retarget(inputs(2), **{name: value})
+    again = model.moefx.report.plan
+    assert (list(model.state_dict()), again.sites, again.cost) == (keys, plan.sites, plan.cost)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(call(model, inputs(3))), wanted, strict=True))
 
 
 def check_graph(recipe: Recipe, model: nn.Module, fits: str) -> None:
