@@ -96,6 +96,17 @@ def test_saved_and_loaded_and_then_changed_again(tmp_path: Path) -> None:
         moefx.untransform(two)
 
 
+def test_a_loaded_model_in_half_precision_gets_the_plan_it_had(tmp_path: Path) -> None:
+    model = moefx.transform(zoo.tiny(FLUX).bfloat16(), recipe="sparse-upcycling", top_k=2, verify=False)
+    model.save_pretrained(tmp_path)
+    loaded = moefx.load(tmp_path)
+    for each in (model, loaded):
+        each.moefx.retarget(top_k=1)
+    one, two = model.moefx.report.plan, loaded.moefx.report.plan
+    assert (one.sites, one.cost) == (two.sites, two.cost)
+    assert [p.dtype for p in model.parameters()] == [p.dtype for p in loaded.parameters()]
+
+
 def test_a_loaded_model_of_ones_own_needs_the_dense_one(tmp_path: Path) -> None:
     model = stirred(moefx.transform(build(), example(), recipe="sparse-upcycling", top_k=2))
     moefx.save(model, tmp_path / "model")
@@ -111,6 +122,7 @@ def test_a_loaded_model_of_ones_own_needs_the_dense_one(tmp_path: Path) -> None:
 def test_training_goes_on_with_the_same_optimizer_and_hooks_stay() -> None:
     model = moefx.transform(build(), example(), recipe="sparse-upcycling", top_k=2).train()
     model.blocks[0].attn.requires_grad_(False)
+    model.blocks[0].mlp.eval()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     called: list[str] = []
     model.blocks[1].register_forward_hook(lambda *_: called.append("block"))
@@ -126,7 +138,7 @@ def test_training_goes_on_with_the_same_optimizer_and_hooks_stay() -> None:
         optimizer.zero_grad()
     assert called == ["block"]
     assert model.blocks[1] is block
-    assert all(layer.top_k == 1 and layer.training for layer in routed_modules(model))
+    assert [(layer.top_k, layer.training) for layer in routed_modules(model)] == [(1, False), (1, True)]
     assert not any(p.requires_grad for p in model.blocks[0].attn.parameters())
 
 

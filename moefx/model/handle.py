@@ -55,6 +55,11 @@ class Handle:
         return [applied.report.plan for applied in self.applied]
 
     @property
+    def undoable(self) -> bool:
+        """Whether the dense modules are at hand: not after loading."""
+        return all(applied.undos is not None for applied in self.applied)
+
+    @property
     def routing(self) -> dict[str, RoutingRecord]:
         """Routing statistics of the last forward (load, probabilities, entropy), by module name."""
         return dict(routing_records(self._model))

@@ -56,8 +56,12 @@ def retarget(model: nn.Module, inputs: Inputs = None, *, dense: nn.Module | None
             raise PlanError(asked, found=f"{name} is divided among processes or streamed from files", do=do)
     rules = [_rules(plan, options, asked) for plan in handle.plans]
     _check_known(handle.plans, options, asked)
-    undoable = dense is None and all(applied.undos is not None for applied in handle.applied)
-    twin = dense if dense is not None else _dense(model, handle, asked)
+    undoable = dense is None and handle.undoable
+    twin = (
+        _undone(model, handle)
+        if undoable
+        else _of_its_dtypes(model, dense if dense is not None else _built(model, handle, asked))
+    )
     for plan, changed in zip(handle.plans, rules, strict=True):
         _transform(twin, inputs, plan, changed, asked, undoable=undoable)
     _move_weights(model, twin, asked)
@@ -90,14 +94,26 @@ def _check_known(plans: Iterable[Plan], options: Mapping[str, Any], asked: str) 
             raise OptionError(asked, found=f"none of its passes has an option {name!r}", do=nearest(name, known))
 
 
-def _dense(model: nn.Module, handle: Handle, asked: str) -> nn.Module:
+def _undone(model: nn.Module, handle: Handle) -> nn.Module:
     """Return a model with the modules that ``model`` had before; what both have are the same tensors."""
-    if all(applied.undos is not None for applied in handle.applied):
-        return untransform_model(copy.deepcopy(model, {id(t): t for t in _tensors(model, handle)}))
+    return untransform_model(copy.deepcopy(model, {id(t): t for t in _tensors(model, handle)}))
+
+
+def _built(model: nn.Module, handle: Handle, asked: str) -> nn.Module:
+    """Build the dense model on ``meta`` from its config."""
     if is_diffusers(model):
         return build_dense(handle.applied[0].model_class, dict(model.config)).to("meta")  # type: ignore[arg-type]
     found = "it was loaded from a folder, which holds no dense model"
     raise PlanError(asked, found=found, do="pass a fresh dense model: dense=")
+
+
+def _of_its_dtypes(model: nn.Module, dense: nn.Module) -> nn.Module:
+    """Let ``dense`` have the dtypes of ``model``: they are part of a plan."""
+    known = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    usual = next((known[name] for name, _ in dense.named_parameters() if name in known), None)
+    for name, parameter in dense.named_parameters():
+        parameter.data = parameter.data.to(known.get(name) or usual or parameter.dtype)
+    return dense
 
 
 def _tensors(model: nn.Module, handle: Handle) -> Iterator[torch.Tensor]:
@@ -162,13 +178,14 @@ def _adopt(old: nn.Module, new: nn.Module, seen: set[int]) -> None:
     old._parameters, old._buffers, old._modules = new._parameters, new._buffers, {}
     for name, child in new._modules.items():
         known = before.get(name)
-        if child is None or known is None or _is_ours(child) or type(child).__name__ != type(known).__name__:
-            old._modules[name] = child
+        old._modules[name] = child
+        if child is None:
+            continue
+        if known is None or _is_ours(child) or type(child).__name__ != type(known).__name__:
+            child.train(old.training if known is None else known.training)
         else:
             _adopt(known, child, seen)
             old._modules[name] = known
-        if child is not None and child is old._modules[name]:
-            child.train(old.training)
 
 
 def _is_ours(module: nn.Module) -> bool:

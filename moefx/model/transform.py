@@ -226,7 +226,7 @@ def untransform_model(model: nn.Module) -> nn.Module:
             found="it was not transformed",
             do="pass what moefx.transform returned",
         )
-    if any(applied.undos is None for applied in handle.applied):
+    if not handle.undoable:
         raise PlanError(
             f"untransform {type(model).__name__}",
             found="it was loaded from a folder, which holds no dense weights",
